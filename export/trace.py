@@ -1,0 +1,201 @@
+"""GPT -> ONNX with an in-place key-value cache: `torch.onnx.export` (dynamo) over an export module.
+
+The module runs the weights of `pico_edge.train.model.GPT` through onnxruntime's fused operators, which
+torch traces as symbolic ops. In eager torch those return zeros without a word: never compare against
+this module, compare the *model* with onnxruntime (`pico_edge.export.verify`).
+
+Knows nothing of quantization, tokenizers or files. Try: `trace(model).graph.num_nodes()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from pico_edge import artefact
+from pico_edge.train.model import GPT, Block
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+# 20 is the newest opset every provider of onnxruntime knows (DirectML stops there).
+OPSET_VERSION = 20
+# 10 is what opset 20 needs at least; older runtimes refuse a newer one ("Unsupported model IR version").
+IR_VERSION = 10
+
+
+def _group_query_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    seqlens_k: Tensor,
+    total_seq_len: Tensor,
+    n_head: int,
+) -> list[Tensor]:
+    """(B, S, C) attended values, and the present key and value (B, H, K, D). Causal by itself.
+
+    Source: onnxruntime ContribOperators.md, com.microsoft.GroupQueryAttention.
+    """
+    return list(
+        torch.onnx.ops.symbolic_multi_out(
+            "com.microsoft::GroupQueryAttention",
+            (q, k, v, past_key, past_value, seqlens_k, total_seq_len),
+            {"num_heads": n_head, "kv_num_heads": n_head},
+            dtypes=(q.dtype, past_key.dtype, past_value.dtype),
+            shapes=(q.shape, past_key.shape, past_value.shape),
+            version=1,
+        )
+    )
+
+
+def _skip_layer_norm(x: Tensor, delta: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """norm(x + delta) and x + delta, both (B, S, C): onnxruntime does not fuse these two for pre-norm."""
+    b, s, _ = x.shape
+    y, _, _, total = torch.onnx.ops.symbolic_multi_out(
+        "com.microsoft::SkipLayerNormalization",
+        (x, delta, norm.weight, _bias(norm)),
+        {"epsilon": norm.eps},
+        dtypes=(x.dtype, torch.float32, torch.float32, x.dtype),
+        shapes=(x.shape, (b, s, 1), (b, s, 1), x.shape),
+        version=1,
+    )
+    return y, total
+
+
+def _bias(norm: nn.LayerNorm) -> Tensor:
+    # A model trained with bias=False: a bias of zeros is the same function.
+    return norm.bias if norm.bias is not None else torch.zeros_like(norm.weight)
+
+
+def _gelu(x: Tensor, form: str) -> Tensor:
+    if form == "erf":
+        return nn.functional.gelu(x)
+    return torch.onnx.ops.symbolic(
+        "com.microsoft::FastGelu", (x,), {}, dtype=x.dtype, shape=x.shape, version=1
+    )
+
+
+class _TracedGPT(nn.Module):
+    """The forward pass of one call on the cache, in the inputs and outputs of `artefact`."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        seqlens_k: Tensor,
+        total_seq_len: Tensor,
+        out_index: Tensor,
+        past: list[tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        config, parts = self.model.config, self.model.transformer
+        blocks = cast("list[Block]", list(parts.h))
+        x = parts.wte(input_ids) + parts.wpe(position_ids)  # (B, S, C)
+        y = blocks[0].ln_1(x)
+        present = []
+        for i, block in enumerate(blocks):
+            q, k, v = block.attn.c_attn(y).split(config.n_embd, dim=-1)
+            a, key, value = _group_query_attention(
+                q, k, v, *past[i], seqlens_k, total_seq_len, config.n_head
+            )
+            present.append((key, value))
+            y, x = _skip_layer_norm(x, block.attn.c_proj(a), block.ln_2)
+            delta = block.mlp.c_proj(_gelu(block.mlp.c_fc(y), config.gelu))
+            if i + 1 < config.n_layer:
+                y, x = _skip_layer_norm(x, delta, blocks[i + 1].ln_1)
+        rows = (x + delta).reshape(-1, config.n_embd).index_select(0, out_index)  # (N, C)
+        return self.model.lm_head(parts.ln_f(rows)), present
+
+
+def trace(model: GPT) -> ir.Model:
+    """The traced fp32 graph of a model: inputs and outputs as in `artefact`, no metadata.
+
+    Source paths and stack traces that the exporter leaves in it are removed. Tracing the same weights
+    twice gives the same bytes.
+    """
+    config = model.config
+    # Example sizes of 0 or 1 would be taken for constants (pytorch#148886).
+    B, S, K, N = 2, 3, 8, 2
+    B, S, K = (min(size, limit) for size, limit in ((B, 2), (S, 3), (K, 8)))
+    past = [
+        tuple(torch.zeros(B, config.n_head, K, config.head_dim) for _ in range(2))
+        for _ in range(config.n_layer)
+    ]
+    example = (
+        torch.zeros(B, S, dtype=torch.int64),
+        torch.zeros(B, S, dtype=torch.int64),
+        torch.full((B,), S - 1, dtype=torch.int32),
+        torch.tensor(S, dtype=torch.int32),
+        torch.arange(N),
+        past,
+    )
+    batch, seq, capacity, n_out = (
+        torch.export.Dim(name) for name in ("batch", "seq", "kv_capacity", "n_out")
+    )
+    cache_axes = {0: batch, 2: capacity}
+    with warnings.catch_warnings(), _quiet_exporter():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            _TracedGPT(model).eval(),
+            example,
+            dynamo=True,
+            opset_version=OPSET_VERSION,
+            optimize=True,  # without it the splits stay SplitToSequence / SequenceAt
+            external_data=False,
+            dynamic_shapes=(
+                {0: batch, 1: seq},
+                {0: batch, 1: seq},
+                {0: batch},
+                {},
+                {0: n_out},
+                [(cache_axes, cache_axes)] * config.n_layer,
+            ),
+            input_names=artefact.input_names(config.n_layer),
+            output_names=artefact.output_names(config.n_layer),
+            verbose=False,
+        )
+    if program is None:
+        raise AssertionError("torch.onnx.export(dynamo=True) returns a program")
+    traced = program.model
+    traced.ir_version = IR_VERSION
+    _strip(traced)
+    return traced
+
+
+@contextlib.contextmanager
+def _quiet_exporter():
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _strip(traced: ir.Model) -> None:
+    """Remove what the exporter notes about the build machine: source lines, file paths, module names."""
+    traced.metadata_props.clear()
+    traced.graph.metadata_props.clear()
+    traced.doc_string = None
+    traced.graph.doc_string = None
+    values = [*traced.graph.inputs, *traced.graph.initializers.values()]
+    for node in traced.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        values.extend(node.outputs)
+    for value in values:
+        value.metadata_props.clear()
+        value.doc_string = None

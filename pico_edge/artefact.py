@@ -1,0 +1,93 @@
+"""The contract of `model.onnx`: metadata keys, format version, tensor names, sampling defaults.
+
+What training, export and runtime agree on, and nothing else: no torch, no onnx, no files. The graph is
+that of GroupQueryAttention over a cache of fixed capacity, updated in place. Shapes: B batch, S new
+tokens, N rows of logits asked for, H n_head, K capacity of the cache, D head_dim, V vocab_size.
+
+| input                              | type, shape             |                                          |
+|------------------------------------|-------------------------|------------------------------------------|
+| `input_ids`                        | int64 (B, S)            | right-padded when rows differ in length  |
+| `position_ids`                     | int64 (B, S)            |                                          |
+| `seqlens_k`                        | int32 (B)               | valid length after this call, minus one  |
+| `total_seq_len`                    | int32 ()                | longest valid length after this call     |
+| `out_index`                        | int64 (N)               | rows of logits wanted, b * S + s         |
+| `past_key_values.{i}.key`, `.value`| cache type (B, H, K, D) | the same memory as `present.{i}.*`       |
+
+Outputs: `logits` (N, V) and `present.{i}.key`, `present.{i}.value` (B, H, K, D).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+FORMAT_VERSION = 1  # of model.onnx; raised when an older pico-edge could misread a newer file
+
+KEY_PREFIX = "pico_edge."
+FORMAT_VERSION_KEY = KEY_PREFIX + "format_version"
+CONFIG_KEY = KEY_PREFIX + "config"
+TOKENIZER_KEY = KEY_PREFIX + "tokenizer"
+SAMPLING_KEY = KEY_PREFIX + "sampling"
+EXPORT_KEY = KEY_PREFIX + "export"  # {"target", "precision", "opset", "onnxruntime"}: how to run it
+PROVENANCE_KEY = KEY_PREFIX + "provenance"
+PARITY_KEY = KEY_PREFIX + "parity"
+KEYS = (
+    FORMAT_VERSION_KEY,
+    CONFIG_KEY,
+    TOKENIZER_KEY,
+    SAMPLING_KEY,
+    EXPORT_KEY,
+    PROVENANCE_KEY,
+    PARITY_KEY,
+)
+MAX_METADATA_BYTES = 16 << 20  # per value
+
+# Which execution provider a file of each target is made for.
+TARGET_PROVIDERS = {"cpu": "cpu", "cuda": "cuda", "directml": "directml"}
+
+INPUT_IDS = "input_ids"
+POSITION_IDS = "position_ids"
+SEQLENS_K = "seqlens_k"
+TOTAL_SEQ_LEN = "total_seq_len"
+OUT_INDEX = "out_index"
+LOGITS = "logits"
+
+
+def past_names(n_layer: int) -> list[str]:
+    """Names of the cache inputs in graph order. Example: 1 -> ["past_key_values.0.key", "...value"]."""
+    return [f"past_key_values.{i}.{part}" for i in range(n_layer) for part in ("key", "value")]
+
+
+def present_names(n_layer: int) -> list[str]:
+    """Names of the cache outputs, in the order of `past_names`."""
+    return [f"present.{i}.{part}" for i in range(n_layer) for part in ("key", "value")]
+
+
+def input_names(n_layer: int) -> list[str]:
+    """Every graph input, in graph order."""
+    return [
+        INPUT_IDS,
+        POSITION_IDS,
+        SEQLENS_K,
+        TOTAL_SEQ_LEN,
+        OUT_INDEX,
+        *past_names(n_layer),
+    ]
+
+
+def output_names(n_layer: int) -> list[str]:
+    """Every graph output, in graph order."""
+    return [LOGITS, *present_names(n_layer)]
+
+
+# What `generate` does unless told otherwise; every file carries its own copy, made at export.
+SAMPLING_DEFAULTS: dict[str, Any] = {
+    "max_new_tokens": 200,
+    "temperature": 0.8,
+    "top_k": 50,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "context_overflow": "slide",
+}
