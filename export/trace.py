@@ -1,8 +1,8 @@
 """GPT -> ONNX with an in-place key-value cache: `torch.onnx.export` (dynamo) over an export module.
 
-The module runs the weights of `pico_edge.train.model.GPT` through onnxruntime's fused operators, which
-torch traces as symbolic ops. In eager torch those return zeros without a word: never compare against
-this module, compare the *model* with onnxruntime (`pico_edge.export.verify`).
+The module runs the weights of `pico_edge.train.model.GPT` through onnxruntime's fused operators,
+which torch traces as symbolic ops. In eager torch those return zeros without a word: never compare
+against this module, compare the *model* with onnxruntime (`pico_edge.export.verify`).
 
 Knows nothing of quantization, tokenizers or files. Try: `trace(model).graph.num_nodes()`.
 """
@@ -13,12 +13,13 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
-from pico_edge import artefact
+from pico_edge import __version__, artefact
 from pico_edge.train.model import GPT, Block
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 # 20 is the newest opset every provider of onnxruntime knows (DirectML stops there).
 OPSET_VERSION = 20
-# 10 is what opset 20 needs at least; older runtimes refuse a newer one ("Unsupported model IR version").
+# 10 is what opset 20 needs at least; older runtimes refuse a newer one ("Unsupported model IR
+# version").
 IR_VERSION = 10
 
 
@@ -57,7 +59,7 @@ def _group_query_attention(
 
 
 def _skip_layer_norm(x: Tensor, delta: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """norm(x + delta) and x + delta, both (B, S, C): onnxruntime does not fuse these two for pre-norm."""
+    """norm(x + delta) and x + delta, both (B, S, C): not fused by onnxruntime for pre-norm."""
     b, s, _ = x.shape
     y, _, _, total = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::SkipLayerNormalization",
@@ -121,13 +123,12 @@ class _TracedGPT(nn.Module):
 def trace(model: GPT) -> ir.Model:
     """The traced fp32 graph of a model: inputs and outputs as in `artefact`, no metadata.
 
-    Source paths and stack traces that the exporter leaves in it are removed. Tracing the same weights
-    twice gives the same bytes.
+    Source paths and stack traces that the exporter leaves in it are removed. Tracing the same
+    weights twice gives the same bytes.
     """
     config = model.config
     # Example sizes of 0 or 1 would be taken for constants (pytorch#148886).
     B, S, K, N = 2, 3, 8, 2
-    B, S, K = (min(size, limit) for size, limit in ((B, 2), (S, 3), (K, 8)))
     past = [
         tuple(torch.zeros(B, config.n_head, K, config.head_dim) for _ in range(2))
         for _ in range(config.n_layer)
@@ -170,11 +171,13 @@ def trace(model: GPT) -> ir.Model:
     traced = program.model
     traced.ir_version = IR_VERSION
     _strip(traced)
+    _name_weights(traced, config.n_layer)
     return traced
 
 
 @contextlib.contextmanager
-def _quiet_exporter():
+def _quiet_exporter() -> Iterator[None]:
+    """torch.onnx logs and prints its steps; a user of export has no use for them."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -186,7 +189,8 @@ def _quiet_exporter():
 
 
 def _strip(traced: ir.Model) -> None:
-    """Remove what the exporter notes about the build machine: source lines, file paths, module names."""
+    """Remove what the exporter notes of the build machine: source lines, paths, modules."""
+    traced.producer_name, traced.producer_version = "pico-edge", __version__
     traced.metadata_props.clear()
     traced.graph.metadata_props.clear()
     traced.doc_string = None
@@ -199,3 +203,20 @@ def _strip(traced: ir.Model) -> None:
     for value in values:
         value.metadata_props.clear()
         value.doc_string = None
+
+
+def _name_weights(traced: ir.Model, n_layer: int) -> None:
+    """Give initializers the names of the checkpoint: transposed matrices come as val_N."""
+    graph = traced.graph
+    parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    matrices = [node for node in graph if node.op_type == "MatMul"]
+    assert len(matrices) == n_layer * len(parts), "one MatMul per linear layer"
+    for i, node in enumerate(matrices):
+        weight = node.inputs[1]
+        assert weight is not None and weight.is_initializer()
+        if weight.name is not None and weight.name.startswith("val_"):
+            weight.name = f"transformer.h.{i // len(parts)}.{parts[i % len(parts)]}.weight"
+    for value in list(graph.initializers.values()):
+        if value.name is not None and value.name.startswith("model."):
+            value.name = value.name.removeprefix("model.")
+    graph.initializers["lm_head.weight"].name = "transformer.wte.weight"  # tied: one table

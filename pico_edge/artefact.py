@@ -1,17 +1,18 @@
 """The contract of `model.onnx`: metadata keys, format version, tensor names, sampling defaults.
 
-What training, export and runtime agree on, and nothing else: no torch, no onnx, no files. The graph is
-that of GroupQueryAttention over a cache of fixed capacity, updated in place. Shapes: B batch, S new
-tokens, N rows of logits asked for, H n_head, K capacity of the cache, D head_dim, V vocab_size.
+What training, export and runtime agree on, and nothing else: no torch, no onnx, no files. The graph
+is that of GroupQueryAttention over a cache of fixed capacity, updated in place. Shapes: B batch,
+S new tokens, N rows of logits wanted, H n_head, K capacity of the cache, D head_dim, V vocab_size.
 
-| input                              | type, shape             |                                          |
-|------------------------------------|-------------------------|------------------------------------------|
-| `input_ids`                        | int64 (B, S)            | right-padded when rows differ in length  |
-| `position_ids`                     | int64 (B, S)            |                                          |
-| `seqlens_k`                        | int32 (B)               | valid length after this call, minus one  |
-| `total_seq_len`                    | int32 ()                | longest valid length after this call     |
-| `out_index`                        | int64 (N)               | rows of logits wanted, b * S + s         |
-| `past_key_values.{i}.key`, `.value`| cache type (B, H, K, D) | the same memory as `present.{i}.*`       |
+| input                       | type, shape             |                                         |
+|-----------------------------|-------------------------|-----------------------------------------|
+| `input_ids`                 | int64 (B, S)            | right-padded when lengths differ        |
+| `position_ids`              | int64 (B, S)            |                                         |
+| `seqlens_k`                 | int32 (B)               | valid length after this call, minus one |
+| `total_seq_len`             | int32 ()                | longest valid length after this call    |
+| `out_index`                 | int64 (N)               | rows of logits wanted, b * S + s        |
+| `past_key_values.{i}.key`   | cache type (B, H, K, D) | the same memory as `present.{i}.key`    |
+| `past_key_values.{i}.value` | cache type (B, H, K, D) | and as `present.{i}.value`              |
 
 Outputs: `logits` (N, V) and `present.{i}.key`, `present.{i}.value` (B, H, K, D).
 """
@@ -53,7 +54,7 @@ LOGITS = "logits"
 
 
 def past_names(n_layer: int) -> list[str]:
-    """Names of the cache inputs in graph order. Example: 1 -> ["past_key_values.0.key", "...value"]."""
+    """Names of the cache inputs in graph order: key and value of layer 0, of layer 1, ..."""
     return [f"past_key_values.{i}.{part}" for i in range(n_layer) for part in ("key", "value")]
 
 

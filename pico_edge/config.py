@@ -13,7 +13,7 @@ from pico_edge.errors import ArtefactError, UsageError
 
 Gelu = Literal["tanh", "erf"]
 
-# One file is one protobuf message of at most 2 GiB; a fp32 model of more parameters cannot be exported.
+# Far beyond what fits in one file, a protobuf message of at most 2 GiB.
 MAX_DIMENSION = 1 << 24
 
 
@@ -22,7 +22,7 @@ class GPTConfig:
     """Hyper-parameters of the model, GPT-2's by default.
 
     block_size and vocab_size are in tokens; n_embd is the width of the residual stream.
-    `gelu`: "tanh" is GPT-2's form, "erf" that of nanoGPT's `nn.GELU()`; it travels with the weights.
+    gelu: "tanh" is GPT-2's form, "erf" that of nanoGPT's `nn.GELU()`; it travels with the weights.
     Raises UsageError (a ValueError) that names the field when a value cannot make a model.
     """
 
@@ -55,7 +55,8 @@ class GPTConfig:
                 f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: "
                 "every head gets n_embd / n_head channels"
             )
-        if self.head_dim % 8:  # onnxruntime's GroupQueryAttention: "head_size must be a multiple of 8"
+        # onnxruntime's GroupQueryAttention: "head_size must be a multiple of 8"
+        if self.head_dim % 8:
             raise UsageError(
                 f"n_embd {self.n_embd} over n_head {self.n_head} gives heads of {self.head_dim} "
                 "channels: expected a multiple of 8; change n_embd or n_head"
@@ -83,5 +84,5 @@ class GPTConfig:
             raise ArtefactError(f"model config: missing fields {missing}, unknown fields {unknown}")
         try:
             return cls(**values)
-        except UsageError as error:
+        except ValueError as error:  # UsageError, or a whole number of too many digits to print
             raise ArtefactError(f"model config: {error}") from error

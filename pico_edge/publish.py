@@ -22,6 +22,8 @@ from pico_edge.errors import UsageError
 # Errors that may pass by themselves (a network disk, a quota being raised): tried again with a pause.
 TRANSIENT = frozenset({errno.EIO, errno.EAGAIN, errno.EINTR, errno.EDQUOT, errno.ETIMEDOUT})
 PAUSES_S = (0.1, 0.5)
+# What fsync of a folder says on file systems that have no such thing.
+UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP})
 
 
 class Writable(Protocol):
@@ -71,12 +73,19 @@ def publish(
 
     write: called with the open file, and called again from the start if a transient error passes.
     previous: name under which the file that is replaced stays available.
-    Raises the OSError that stopped it; then the old file is as it was and no temporary file is left.
+    Raises the OSError that stopped it; then the old file is as it was, or, where only the last flush of
+    the folder failed, the new one is in place; no temporary file is left.
     """
     path = Path(path)
+    _retry(path, lambda: _replace(path, write, None if previous is None else Path(previous)))
+    # Apart from the rename: done twice, that would let `previous` name the new file.
+    _retry(path, lambda: _sync_folder(path.parent))
+
+
+def _retry(path: Path, act: Callable[[], None]) -> None:
     for attempt in range(len(PAUSES_S) + 1):
         try:
-            _publish_once(path, write, None if previous is None else Path(previous))
+            act()
             return
         except OSError as error:
             if error.errno not in TRANSIENT or attempt == len(PAUSES_S):
@@ -86,8 +95,9 @@ def publish(
             time.sleep(PAUSES_S[attempt])
 
 
-def _publish_once(path: Path, write: Callable[[Writable], object], previous: Path | None) -> None:
+def _replace(path: Path, write: Callable[[Writable], object], previous: Path | None) -> None:
     temporary = temporary_name(path)
+    _unlink_if_there(temporary)  # of a killed process that had our id, as in containers
     file = _File(temporary)
     try:
         try:
@@ -107,7 +117,6 @@ def _publish_once(path: Path, write: Callable[[Writable], object], previous: Pat
     except BaseException:
         _unlink_if_there(temporary)
         raise
-    _sync_folder(path.parent)
 
 
 def temporary_name(path: Path) -> Path:
@@ -123,7 +132,7 @@ def remove_stale(path: str | os.PathLike[str]) -> list[Path]:
     prefix = temporary_name(path).name.rpartition("-")[0] + "-"
     stale = [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]
     for entry in stale:
-        os.unlink(entry)
+        _unlink_if_there(entry)
     return stale
 
 
@@ -135,16 +144,21 @@ def check_output(path: str | os.PathLike[str], *, force: bool) -> None:
     """
     path = Path(path)
     folder = path.parent
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist"
-        raise UsageError(f"{path}: the folder {folder} {what}: make it, or choose another --out")
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder: expected the name of a file to write")
-    if path.exists() and not force:
-        raise UsageError(f"{path} exists: choose another --out, or add --force to replace it")
-    probe = temporary_name(path).with_suffix(".probe")
+    try:
+        if not folder.is_dir():
+            what = "is not a folder" if folder.exists() else "does not exist"
+            raise UsageError(
+                f"{path}: the folder {folder} {what}: make it, or choose another --out"
+            )
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder: expected the name of a file to write")
+        if path.exists() and not force:
+            raise UsageError(f"{path} exists: choose another --out, or add --force to replace it")
+    except OSError as error:  # a name that is too long
+        raise UsageError(f"{path}: {error.strerror}: choose another --out") from error
+    probe = temporary_name(path)
     try:  # os.access is wrong for root, for read-only mounts and on Windows
-        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT, 0o666))
         os.unlink(probe)
     except OSError as error:
         raise UsageError(f"{path}: cannot write in {folder}: {error.strerror}") from error
@@ -152,12 +166,16 @@ def check_output(path: str | os.PathLike[str], *, force: bool) -> None:
 
 def _keep(path: Path, previous: Path) -> None:
     """Let `previous` name the file that `path` names, without a moment in which neither exists."""
+    if previous.exists() and os.path.samefile(path, previous):
+        return  # an earlier try came this far; POSIX renames a link over its twin by doing nothing
     link = temporary_name(previous)
     _unlink_if_there(link)
     try:
         os.link(path, link)
-    except (OSError, NotImplementedError):  # a file system without hard links, such as exFAT
-        os.replace(path, previous)
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno in TRANSIENT | {errno.ENOSPC}:
+            raise
+        os.replace(path, previous)  # a file system without hard links, such as exFAT
         return
     try:
         os.replace(link, previous)
@@ -182,5 +200,8 @@ def _sync_folder(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
     finally:
         os.close(fd)

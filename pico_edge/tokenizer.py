@@ -1,10 +1,10 @@
 """Text <-> token ids: UTF-8 bytes as they are, or byte-pair encoding by tiktoken.
 
 Both kinds turn any text into ids and back, serialise to plain JSON, and travel inside `ckpt.pt` and
-`model.onnx`. Knows nothing of models or files, and never downloads. tiktoken is imported only where a
-BPETokenizer is made.
+`model.onnx`. Knows nothing of models or files, and never downloads. tiktoken is imported only where
+a BPETokenizer is made.
 
-Try: `SimpleTokenizer().encode("Hello world")` -> [72, 101, 108, 108, 111, 32, 119, 111, 114, 108, 100].
+Try: `SimpleTokenizer().encode("Hello")` -> [72, 101, 108, 108, 111].
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ EOT = "<|endoftext|>"
 Ids = list[int]
 
 # Split patterns are chosen by name and never taken from a file: a hostile regex could run for ever.
-# "gpt2" is GPT-2's, in the possessive form of tiktoken_ext/openai_public.py (same matches, linear time).
+# "gpt2" is GPT-2's, in the possessive form of tiktoken_ext/openai_public.py: the same matches in
+# linear time.
 PATTERNS = {
     "gpt2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
 }
@@ -40,7 +41,7 @@ class SimpleTokenizer:
     eot_id = 256
 
     def encode(self, text: str, *, allow_special: bool = False) -> Ids:
-        """Ids of a text. With allow_special, `<|endoftext|>` in it becomes one id, else plain bytes."""
+        """Ids of a text. With allow_special `<|endoftext|>` in it is one id, else plain bytes."""
         if not allow_special:
             return list(_utf8(text))
         ids: Ids = []
@@ -51,7 +52,7 @@ class SimpleTokenizer:
         return ids
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """UTF-8 bytes of ids; the end of text has none. Raises ValueError for an id without a meaning."""
+        """UTF-8 bytes of ids, none for the end of text. UsageError for an id without text."""
         _check_ids(ids, self.n_vocab)
         return bytes(i for i in ids if i != self.eot_id)
 
@@ -76,7 +77,9 @@ class BPETokenizer:
 
     def __init__(self, tokens: Sequence[bytes], *, pattern: str = "gpt2") -> None:
         if pattern not in PATTERNS:
-            raise ArtefactError(f"tokenizer pattern {pattern!r}: expected one of {sorted(PATTERNS)}")
+            raise ArtefactError(
+                f"tokenizer pattern {pattern!r}: expected one of {sorted(PATTERNS)}"
+            )
         if len(tokens) > MAX_RANKS:
             raise ArtefactError(f"tokenizer has {len(tokens)} ranks: expected at most {MAX_RANKS}")
         ranks = {token: rank for rank, token in enumerate(tokens)}
@@ -101,18 +104,18 @@ class BPETokenizer:
         )
 
     def encode(self, text: str, *, allow_special: bool = False) -> Ids:
-        """Ids of a text. With allow_special, `<|endoftext|>` in it becomes one id, else plain text."""
+        """Ids of a text. With allow_special `<|endoftext|>` in it is one id, else plain text."""
         text = _without_surrogates(text)
         ids: Ids = []
         for i, part in enumerate(text.split(EOT) if allow_special else [text]):
             if i:
                 ids.append(self.eot_id)
-            for piece in _pieces(part):
+            for piece in pieces(part):
                 ids.extend(self._encoding.encode_ordinary(piece))
         return ids
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """UTF-8 bytes of ids; the end of text has none. Raises ValueError for an id without a meaning."""
+        """UTF-8 bytes of ids, none for the end of text. UsageError for an id without text."""
         _check_ids(ids, self.n_vocab)
         return b"".join(self.tokens[i] for i in ids if i != self.eot_id)
 
@@ -130,7 +133,7 @@ Tokenizer = SimpleTokenizer | BPETokenizer
 
 
 class TextStream:
-    """Ids in, text out as soon as it is whole: a character split over tokens waits for its last byte.
+    """Ids in, text out as soon as it is whole: a split character waits for its last byte.
 
     Bytes that can never become UTF-8 give U+FFFD, and only those.
     """
@@ -183,12 +186,17 @@ def parse_ranks(data: bytes, *, name: str) -> list[bytes]:
         if not line:
             continue
         fields = line.split()
-        if len(fields) != 2 or not fields[1].isdigit():
-            raise ArtefactError(f"{name}: line {number} is not 'base64 rank': expected tiktoken ranks")
+        if len(fields) != 2 or not fields[1].isdigit() or len(fields[1]) > len(str(MAX_RANKS)):
+            raise ArtefactError(
+                f"{name}: line {number} is not 'base64 rank': expected tiktoken ranks"
+            )
         rank = int(fields[1])
         if rank in ranks:
             raise ArtefactError(f"{name}: line {number} repeats rank {rank}")
-        ranks[rank] = _base64(fields[0].decode("ascii", "replace"))
+        try:
+            ranks[rank] = _base64(fields[0].decode("ascii", "replace"))
+        except ArtefactError as error:
+            raise ArtefactError(f"{name}: line {number}: {error}") from error
         if len(ranks) > MAX_RANKS:
             raise ArtefactError(f"{name}: more than {MAX_RANKS} ranks")
     if not ranks:
@@ -217,22 +225,36 @@ def _without_surrogates(text: str) -> str:
     return text
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """The text in pieces of bounded size, cut before white space that follows something else.
+def pieces(text: str, size: int | None = None) -> Iterator[str]:
+    """The text in pieces of at most `size` characters that encode to the ids of the whole.
 
-    No match of the GPT-2 pattern goes on from a visible character to white space, so the pieces encode
-    to the ids of the whole; only a run without such a place that is longer than a piece is cut anywhere.
+    size: PIECE_CHARACTERS if None.
     """
+    size = PIECE_CHARACTERS if size is None else size
     start = 0
-    while len(text) - start > PIECE_CHARACTERS:
-        end = start + PIECE_CHARACTERS
-        cut = end
-        while cut > start and not (text[cut].isspace() and not text[cut - 1].isspace()):
-            cut -= 1
-        cut = cut if cut > start else end
-        yield text[start:cut]
-        start = cut
+    while len(text) - start > size:
+        end = piece_end(text, start, size)
+        yield text[start:end]
+        start = end
     yield text[start:]
+
+
+def piece_end(text: str, start: int, size: int) -> int:
+    """Where the piece ends that begins at `start` of a text going on beyond start + size.
+
+    Before white space that follows something else: no match of the GPT-2 pattern goes on from a
+    visible character to white space. Only a run without such a place, longer than a piece, is cut
+    anywhere. What comes after start + size does not matter: a stream is cut as the whole text is.
+    """
+    end = cut = start + size
+    while cut > start and not (_is_space(text[cut]) and not _is_space(text[cut - 1])):
+        cut -= 1
+    return cut if cut > start else end
+
+
+def _is_space(character: str) -> bool:
+    """What the patterns mean by white space; str.isspace adds the separators U+001C to U+001F."""
+    return character.isspace() and not "\x1c" <= character <= "\x1f"
 
 
 def _check_ids(ids: Sequence[int], n_vocab: int) -> None:

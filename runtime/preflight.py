@@ -1,0 +1,885 @@
+"""Refuse an unsafe, damaged or foreign `model.onnx` before onnxruntime sees a byte of it.
+
+The file is mapped, and its protobuf wire format walked once: tensor contents are skipped, nothing
+is copied but names and metadata, no other file is opened. What the walk does not know it refuses,
+so that every field onnxruntime acts on has been looked at. Knows nothing of onnx, onnxruntime or
+running a model; that nodes fit together is for onnxruntime to say.
+
+Sources: https://protobuf.dev/programming-guides/encoding/ and onnx.proto of ONNX 1.23 (IR 14).
+Try: `read_model_file("model.onnx").config`.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from pico_edge import artefact
+from pico_edge.config import GPTConfig
+from pico_edge.errors import ArtefactError
+from pico_edge.tokenizer import MAX_RANKS, PATTERNS, BPETokenizer, SimpleTokenizer
+
+MAX_FILE_BYTES = (1 << 31) - 1  # protobuf's own limit for one message
+# What onnxruntime 1.32 loads, the newest that pico-edge is tested with.
+MAX_IR_VERSION = 14
+MAX_OPSETS = {"": 28, "com.microsoft": 1}
+MAX_NODES = 1_000_000
+MAX_SUBGRAPH_DEPTH = 4
+# Ours are smaller by orders of magnitude: these bound the time and memory a hostile file can take.
+MAX_FIELDS = 20_000_000
+MAX_ITEMS = 100_000  # of each: tensors, described values, metadata entries
+MAX_ATTRIBUTES = 1000  # of one node
+MAX_RANK = 32
+MAX_NAME_BYTES = 4096
+MAX_INT32 = (1 << 31) - 1
+MAX_ELEMENTS = MAX_FILE_BYTES * 4  # of 2 bits
+MAX_METADATA_TOTAL_BYTES = 2 * artefact.MAX_METADATA_BYTES
+
+MAX_MESSAGE_CHARACTERS = 2000
+
+CACHE_TYPES = ("float32", "float16", "int8")
+LOGITS_TYPES = ("float32", "float16")
+
+
+@dataclass(frozen=True)
+class ValueInfo:
+    """A graph input or output.
+
+    elem_type: as "float32", "?" if not said.
+    shape: sizes, names of free axes, "?" for an axis without either; ("...",) if no rank is said.
+    """
+
+    name: str
+    elem_type: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An initializer. n_bytes: length of its contents in the file."""
+
+    name: str
+    elem_type: str
+    shape: tuple[int, ...]
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """What a model file says of itself, as checked by `read_model_file`.
+
+    size: bytes. identity: device, inode, size, mtime_ns. opsets: domain -> version, "" is ai.onnx.
+    op_types: how many nodes of each, subgraphs included; "Gemm", "com.microsoft.FastGelu".
+    metadata: `artefact.KEYS` -> parsed JSON; empty, and config None, for a foreign file.
+    """
+
+    path: Path
+    size: int
+    identity: tuple[int, int, int, int]
+    ir_version: int
+    producer: str
+    opsets: dict[str, int]
+    inputs: list[ValueInfo]
+    outputs: list[ValueInfo]
+    metadata: dict[str, Any]
+    node_count: int
+    op_types: dict[str, int]
+    initializers: list[Tensor]
+    config: GPTConfig | None
+
+
+def read_model_file(path: str | os.PathLike[str], *, allow_foreign: bool = False) -> ModelFile:
+    """Check a model file, and return what it says of itself.
+
+    allow_foreign: also take a file without sound pico_edge metadata; all other checks stay.
+    Raises ArtefactError, one line, for a file that is refused, OSError if it cannot be read.
+    """
+    path = Path(path)
+    if False:  # opening a pipe would wait for its writer
+        raise ArtefactError(f"{path}: not a regular file: expected an ONNX model")
+    if path.suffix.lower() == ".ort":  # onnxruntime chooses its other format by this ending
+        raise ArtefactError(f"{path}: ends in .ort: expected an ONNX model, rename it to .onnx")
+    with open(path, "rb") as file:
+        found = os.fstat(file.fileno())
+        if found.st_size == 0:
+            raise ArtefactError(f"{path}: 0 bytes: expected an ONNX model, {AGAIN}")
+        if found.st_size > MAX_FILE_BYTES:
+            raise ArtefactError(f"{path}: {found.st_size} bytes: expected at most {MAX_FILE_BYTES}")
+        with mmap.mmap(file.fileno(), found.st_size, access=mmap.ACCESS_READ) as data:
+            try:
+                model_file = _Walk(path, data).model(_identity(found), allow_foreign)
+            except _WireError as error:
+                reason = _guess(data[:1024]) or f"damaged or cut short ({error}): {AGAIN}"
+                raise ArtefactError(f"{path}: not a whole ONNX model: {reason}") from error
+        if _identity(os.fstat(file.fileno())) != model_file.identity:
+            raise ArtefactError(f"{path}: changed while it was read: try again")
+    return model_file
+
+
+def check_unchanged(model_file: ModelFile) -> None:
+    """To be called after loading by path: what was loaded is what was checked.
+
+    Raises ArtefactError if the path names another file now, or one of other size or mtime.
+    """
+    if _identity(os.stat(model_file.path)) != model_file.identity:
+        raise ArtefactError(f"{model_file.path}: changed while it was loaded: try again")
+
+
+def _identity(found: os.stat_result) -> tuple[int, int, int, int]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+AGAIN = "copy or export it again"
+UPGRADE = "upgrade pico-edge"
+
+
+def _guess(head: bytes) -> str | None:
+    """What a file that is not a model may be, from its first bytes, and what to do about it."""
+    if head.startswith(b"version https://git-lfs"):
+        return "this is a Git LFS pointer: run `git lfs pull`"
+    if head.startswith(b"PK"):
+        if b"data.pkl" in head:
+            return "this is a checkpoint: `pico-edge export` it first"
+        return "this is a zip archive: unpack it first"
+    if head.startswith(b"\x1f\x8b"):
+        return "this is gzip data: unpack it first"
+    if head.startswith(b"\x80\x02"):
+        return "this is a pickle: expected a model made by `pico-edge export`"
+    if head.startswith(b"GGUF"):
+        return "this is a GGUF model: expected one made by `pico-edge export`"
+    if head[4:8] == b"ORTM":
+        return "this is a model in ORT format: expected one made by `pico-edge export`"
+    if head[8:10] == b'{"':
+        return "this is a safetensors file: expected a model made by `pico-edge export`"
+    text = head.decode("utf-8", "ignore").strip().lower()
+    if text.startswith(("<!doctype", "<html", "<?xml")):
+        return "this is a web page: download the file itself"
+    if len(text) > 3 and all(character.isprintable() or character.isspace() for character in text):
+        return "this is text: expected a model made by `pico-edge export`"
+    return None
+
+
+class _WireError(Exception):
+    """The bytes are not the protobuf message that they should be."""
+
+
+# Wire types, and MANY for a field that may be repeated.
+VARINT, FIXED64, LENGTH, FIXED32, MANY = 0, 1, 2, 5, 8
+
+
+class _Message(NamedTuple):
+    """A message: tag (field number << 3 | wire type) -> whether the field may be repeated."""
+
+    name: str
+    tags: dict[int, bool]
+
+
+RAW_DATA = 9  # of TensorProto
+
+
+def _message(name: str, fields: dict[int, int]) -> _Message:
+    tags = {}
+    for number, kind in fields.items():
+        tags[number << 3 | kind & 7] = bool(kind & MANY)
+        if kind & MANY:  # repeated numbers come one by one or packed
+            tags[number << 3 | LENGTH] = True
+    return _Message(name, tags)
+
+
+_L, _M = LENGTH, LENGTH | MANY
+_MODEL = _message(
+    "ModelProto",
+    {
+        1: VARINT,
+        2: _L,
+        3: _L,
+        4: _L,
+        5: VARINT,
+        6: _L,
+        7: _L,
+        8: _M,
+        14: _M,
+        20: _M,
+        25: _M,
+        26: _M,
+    },
+)
+_OPSET = _message("OperatorSetIdProto", {1: _L, 2: VARINT})
+_ENTRY = _message("StringStringEntryProto", {1: _L, 2: _L})
+_GRAPH = _message(
+    "GraphProto", {1: _M, 2: _L, 5: _M, 10: _L, 11: _M, 12: _M, 13: _M, 14: _M, 15: _M, 16: _M}
+)
+_NODE = _message(
+    "NodeProto", {1: _M, 2: _M, 3: _L, 4: _L, 5: _M, 6: _L, 7: _L, 8: _L, 9: _M, 10: _M}
+)
+_ATTRIBUTE = _message(
+    "AttributeProto",
+    {
+        **dict.fromkeys((1, 4, 5, 6, 13, 14, 21, 22), _L),
+        **dict.fromkeys((9, 10, 11, 15, 23), _M),
+        **dict.fromkeys((3, 20), VARINT),
+        2: FIXED32,
+        7: FIXED32 | MANY,
+        8: VARINT | MANY,
+    },
+)
+_TENSOR = _message(
+    "TensorProto",
+    {
+        **dict.fromkeys((3, 8, 9, 12), _L),
+        **dict.fromkeys((6, 13, 16), _M),
+        **dict.fromkeys((1, 5, 7, 11), VARINT | MANY),
+        **dict.fromkeys((2, 14), VARINT),
+        4: FIXED32 | MANY,
+        10: FIXED64 | MANY,
+    },
+)
+_VALUE = _message("ValueInfoProto", {1: _L, 2: _L, 3: _L, 4: _M})
+_TYPE = _message("TypeProto", {1: _L, 4: _L, 5: _L, 6: _L, 7: _L, 8: _L, 9: _L})
+_TENSOR_TYPE = _message("TypeProto.Tensor", {1: VARINT, 2: _L})
+_SHAPE = _message("TensorShapeProto", {1: _M})
+_DIMENSION = _message("TensorShapeProto.Dimension", {1: VARINT, 2: _L, 3: _L})
+
+OTHER_TYPES = {4: "sequence", 5: "map", 7: "opaque", 8: "sparse_tensor", 9: "optional"}
+
+
+class _Element(NamedTuple):
+    """An element type: name, size in bits, and the TensorProto field of its values when not raw."""
+
+    name: str
+    bits: int
+    field: int
+
+
+_ELEMENTS = {
+    1: _Element("float32", 32, 4),
+    2: _Element("uint8", 8, 5),
+    3: _Element("int8", 8, 5),
+    4: _Element("uint16", 16, 5),
+    5: _Element("int16", 16, 5),
+    6: _Element("int32", 32, 5),
+    7: _Element("int64", 64, 7),
+    8: _Element("string", 0, 6),
+    9: _Element("bool", 8, 5),
+    10: _Element("float16", 16, 5),
+    11: _Element("float64", 64, 10),
+    12: _Element("uint32", 32, 11),
+    13: _Element("uint64", 64, 11),
+    16: _Element("bfloat16", 16, 5),
+    17: _Element("float8e4m3fn", 8, 5),
+    18: _Element("float8e4m3fnuz", 8, 5),
+    19: _Element("float8e5m2", 8, 5),
+    20: _Element("float8e5m2fnuz", 8, 5),
+    21: _Element("uint4", 4, 5),
+    22: _Element("int4", 4, 5),
+    23: _Element("float4e2m1", 4, 5),
+    24: _Element("float8e8m0", 8, 5),
+    25: _Element("uint2", 2, 5),
+    26: _Element("int2", 2, 5),
+}
+
+_LONG_VARINT = re.compile(rb"[\x80-\xff]{10}")
+_CONTINUED = bytes(range(128, 256))
+_CHUNK_BYTES = 1 << 20
+
+
+class _Walk:
+    """One pass over one file: where it is, and what has been counted."""
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path = path
+        self.data = data
+        self.fields_seen = 0
+        self.node_count = 0
+        self.tensors_seen = 0
+        self.values_seen = 0
+        self.op_types: Counter[str] = Counter()
+
+    def refuse(self, text: str) -> NoReturn:
+        # Names in the file are anyone's: they must not break the line or control the terminal.
+        line = "".join(c if c.isprintable() else "?" for c in text[:MAX_MESSAGE_CHARACTERS])
+        raise ArtefactError(f"{self.path}: {line}")
+
+    # The wire format.
+
+    def fields(self, message: _Message, pos: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """(number, value, -1) for a varint, (number, start, end) for all other fields."""
+        data, tags = self.data, message.tags
+        seen = 0
+        while pos < end:
+            start = pos
+            tag = data[pos]
+            pos += 1
+            if tag > 127:
+                tag, pos = self.varint(start, end)
+            repeated = tags.get(tag)
+            if repeated is None:
+                raise _WireError(
+                    f"byte {start}: {message.name} has no field {tag >> 3} of wire type {tag & 7}"
+                )
+            number = tag >> 3
+            if not repeated:  # protobuf would merge two messages, or take the last of two values
+                if seen >> number & 1:
+                    raise _WireError(f"byte {start}: {message.name} repeats field {number}")
+                seen |= 1 << number
+            wire = tag & 7
+            if wire == VARINT:
+                value, pos = self.varint(pos, end)
+                yield number, value, -1
+            else:
+                length = 4 if wire == FIXED32 else 8
+                if wire == LENGTH:
+                    length, pos = self.varint(pos, end)
+                if length > end - pos:
+                    raise _WireError(
+                        f"byte {start}: field of {length} bytes in the last {end - pos} "
+                        f"of {message.name}"
+                    )
+                yield number, pos, pos + length
+                pos += length
+            self.fields_seen += 1
+            if self.fields_seen > MAX_FIELDS:
+                self.refuse(f"more than {MAX_FIELDS} fields: expected a model of pico-edge")
+
+    def varint(self, pos: int, end: int) -> tuple[int, int]:
+        """The unsigned number at pos, below 2^64, and the position after it."""
+        data = self.data
+        if pos < end and data[pos] < 128:  # nearly all of them
+            return data[pos], pos + 1
+        start, value, shift = pos, 0, 0
+        while pos < end:
+            byte = data[pos]
+            pos += 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                if value >> 64:
+                    break
+                return value, pos
+            shift += 7
+            if shift == 70:
+                break
+        raise _WireError(f"byte {start}: no valid number")
+
+    def packed(self, pos: int, end: int) -> Iterator[int]:
+        while pos < end:
+            value, pos = self.varint(pos, end)
+            yield value
+
+    def count_varints(self, pos: int, end: int) -> int:
+        """How many numbers are packed there, found without decoding them."""
+        if pos == end:
+            return 0
+        if self.data[end - 1] > 127 or _LONG_VARINT.search(self.data, pos, end) is not None:
+            raise _WireError(f"byte {pos}: no valid packed numbers")
+        return sum(
+            len(self.data[start : min(start + _CHUNK_BYTES, end)].translate(None, _CONTINUED))
+            for start in range(pos, end, _CHUNK_BYTES)
+        )
+
+    def text(self, pos: int, end: int, what: str) -> str:
+        if end - pos > MAX_NAME_BYTES:
+            self.refuse(f"{what} of {end - pos} bytes: expected at most {MAX_NAME_BYTES}")
+        try:
+            return self.data[pos:end].decode("utf-8")
+        except UnicodeDecodeError:
+            self.refuse(f"{what} at byte {pos} is not UTF-8: {AGAIN}")
+
+    # The messages of ONNX.
+
+    def model(self, identity: tuple[int, int, int, int], allow_foreign: bool) -> ModelFile:
+        ir_version, producer = 0, ""
+        graph: tuple[int, int] | None = None
+        opset_spans, entries = [], []
+        for number, start, end in self.fields(_MODEL, 0, len(self.data)):
+            if number == 1:
+                ir_version = start
+            elif number == 2:
+                producer = self.text(start, end, "producer name")
+            elif number == 7:
+                graph = start, end
+            elif number == 8:
+                opset_spans.append((start, end))
+            elif number == 14:
+                entries.append((start, end))
+            elif number == 20:
+                self.refuse("holds training graphs: expected a model for inference only")
+            elif number == 25:  # 1.5 kB of them can unfold to more nodes than memory holds
+                self.refuse("defines functions of its own: expected them inlined")
+            if len(entries) > MAX_ITEMS or len(opset_spans) > MAX_ITEMS:
+                self.refuse(f"more than {MAX_ITEMS} entries: expected a model of pico-edge")
+        metadata: dict[str, Any] = {}
+        config = None
+        try:  # first, for the format version: the rest of a newer file may not look like ours
+            metadata, config = self.metadata(entries)
+        except ArtefactError:
+            if not allow_foreign:
+                raise
+        if not 1 <= ir_version <= MAX_IR_VERSION:
+            self.refuse(
+                f"ONNX IR version {ir_version}: this pico-edge reads 1-{MAX_IR_VERSION}: {UPGRADE}"
+            )
+        opsets = self.opsets(opset_spans)
+        if graph is None:
+            raise _WireError("no graph")
+        inputs, outputs, initializers = self.graph(*graph, 0)
+        if config is not None:
+            self.check_contract(config, inputs, outputs)
+        return ModelFile(
+            path=self.path,
+            size=len(self.data),
+            identity=identity,
+            ir_version=ir_version,
+            producer=producer,
+            opsets=opsets,
+            inputs=inputs,
+            outputs=outputs,
+            metadata=metadata,
+            node_count=self.node_count,
+            op_types=dict(self.op_types),
+            initializers=initializers,
+            config=config,
+        )
+
+    def opsets(self, spans: list[tuple[int, int]]) -> dict[str, int]:
+        versions: dict[str, int] = {}
+        for span in spans:
+            domain, version = "", 0
+            for number, start, end in self.fields(_OPSET, *span):
+                if number == 1:
+                    domain = self.domain(start, end)
+                elif number == 2:
+                    version = start
+            if domain in versions:
+                self.refuse(f"names the opset of domain {domain!r} twice: {AGAIN}")
+            if not 1 <= version <= MAX_OPSETS[domain]:
+                self.refuse(
+                    f"opset {version} of domain {domain!r}: "
+                    f"this pico-edge reads 1-{MAX_OPSETS[domain]}: {UPGRADE}"
+                )
+            versions[domain] = version
+        if not versions:
+            self.refuse(f"names no opset: {AGAIN}")
+        return versions
+
+    def domain(self, start: int, end: int) -> str:
+        domain = self.text(start, end, "operator domain")
+        if domain == "ai.onnx":
+            return ""
+        if domain not in MAX_OPSETS:
+            self.refuse(
+                f"operators of domain {domain[:80]!r}: expected only ai.onnx and com.microsoft"
+            )
+        return domain
+
+    def graph(
+        self, pos: int, end: int, depth: int
+    ) -> tuple[list[ValueInfo], list[ValueInfo], list[Tensor]]:
+        if depth > MAX_SUBGRAPH_DEPTH:
+            self.refuse(f"graphs nested deeper than {MAX_SUBGRAPH_DEPTH}: expected a flat graph")
+        inputs, outputs, initializers = [], [], []
+        for number, start, stop in self.fields(_GRAPH, pos, end):
+            if number == 1:
+                self.node(start, stop, depth)
+            elif number == 2:
+                self.text(start, stop, "graph name")
+            elif number == 5:
+                initializers.append(self.tensor(start, stop))
+            elif number == 11:
+                inputs.append(self.value(start, stop))
+            elif number == 12:
+                outputs.append(self.value(start, stop))
+            elif number == 13:
+                self.value(start, stop)
+            elif number == 15:
+                self.refuse_sparse()
+        return inputs, outputs, initializers
+
+    def node(self, pos: int, end: int, depth: int) -> None:
+        self.node_count += 1
+        if self.node_count > MAX_NODES:
+            self.refuse(f"more than {MAX_NODES} nodes: expected a model of pico-edge")
+        domain, op_type, n_outputs = "", "", 0
+        integers: dict[str, int] = {}  # all attributes; 0 for one that is no integer
+        for number, start, stop in self.fields(_NODE, pos, end):
+            n_outputs += number == 2
+            if number == 4:
+                op_type = self.text(start, stop, "operator name")
+            elif number == 5:
+                self.attribute(start, stop, depth, integers)
+            elif number == 7:
+                domain = self.domain(start, stop)
+            elif number in (1, 2, 3):  # or onnxruntime's own errors end in UnicodeDecodeError
+                self.text(start, stop, "name in a node")
+        self.check_node(op_type, n_outputs, integers)
+        self.op_types[f"{domain}.{op_type}" if domain else op_type] += 1
+
+    def check_node(self, op_type: str, n_outputs: int, integers: dict[str, int]) -> None:
+        """What onnxruntime 1.32 does not check, and then crashes or opens another file."""
+        if op_type == "EPContext":
+            self.refuse("an EPContext node may load another file: expected plain operators")
+        if op_type == "Split" and integers.get("num_outputs", n_outputs) != n_outputs:
+            self.refuse(
+                f"a Split has num_outputs {integers['num_outputs']}, and {n_outputs} outputs: "
+                f"expected the same: {AGAIN}"
+            )
+        for name, value in integers.items():
+            if abs(value) > MAX_INT32 and op_type != "Constant":  # kernels cut them to 32 bits
+                self.refuse(
+                    f"attribute {name[:80]!r} of {op_type[:80]!r} is {value}: "
+                    f"expected at most {MAX_INT32}: {AGAIN}"
+                )
+
+    def attribute(self, pos: int, end: int, depth: int, integers: dict[str, int]) -> None:
+        name, integer = "", 0
+        for number, start, stop in self.fields(_ATTRIBUTE, pos, end):
+            if number == 1:
+                name = self.text(start, stop, "attribute name")
+            elif number == 3:
+                integer = _signed(start)
+            elif number in (5, 10):
+                self.tensor(start, stop)
+            elif number in (6, 11):
+                self.graph(start, stop, depth + 1)
+            elif number in (14, 15):
+                self.type(start, stop)
+            elif number in (22, 23):
+                self.refuse_sparse()
+        if name in integers:  # which of the two would count?
+            self.refuse(f"a node has two attributes {name[:80]!r}: {AGAIN}")
+        if len(integers) == MAX_ATTRIBUTES:
+            self.refuse(f"a node of more than {MAX_ATTRIBUTES} attributes: {AGAIN}")
+        integers[name] = integer
+
+    def refuse_sparse(self) -> NoReturn:
+        # onnxruntime makes them dense: 120 bytes of file can ask for any amount of memory.
+        self.refuse("holds a sparse tensor, which may name other files: expected dense ones")
+
+    def tensor(self, pos: int, end: int) -> Tensor:
+        """A tensor whose contents, raw or typed, have the length that its shape asks for."""
+        self.tensors_seen += 1
+        if self.tensors_seen > MAX_ITEMS:
+            self.refuse(f"more than {MAX_ITEMS} tensors: expected a model of pico-edge")
+        name, data_type, dims = "", 0, list[int]()
+        stored: Counter[int] = Counter()  # field of contents -> elements there; bytes if raw
+        n_bytes = 0
+        for number, start, stop in self.fields(_TENSOR, pos, end):
+            if number == 1:
+                for dim in (start,) if stop < 0 else self.packed(start, stop):
+                    dims.append(dim)
+                    if len(dims) > MAX_RANK:
+                        self.refuse(f"a tensor of more than {MAX_RANK} dimensions: {AGAIN}")
+            elif number == 2:
+                data_type = start
+            elif number == 8:
+                name = self.text(start, stop, "tensor name")
+            elif number == 13 or (number == 14 and start != 0):
+                self.refuse_external(pos, end)
+            elif number == 3:
+                self.refuse(f"tensor {name[:80]!r} is a segment of another: {AGAIN}")
+            elif number in (4, 5, 6, 7, 9, 10, 11):
+                n_bytes += stop - start if stop >= 0 else 0
+                stored[number] += self.n_stored(number, start, stop)
+        element = _ELEMENTS.get(data_type)
+        if element is None:
+            self.refuse(f"tensor {name[:80]!r} has element type {data_type}: expected a known one")
+        n_elements = self.n_elements(name, dims)
+        if RAW_DATA in stored and element.name != "string":
+            field, unit = RAW_DATA, "bytes"
+            expected = -(-n_elements * element.bits // 8)
+        else:
+            field, unit = element.field, "values"
+            per_value = 8 // element.bits if 0 < element.bits < 8 else 1  # small ones share a byte
+            expected = -(-n_elements // per_value)
+        found = stored.pop(field, 0)
+        if found != expected or stored:
+            self.refuse(
+                f"tensor {name[:80]!r} stores {found} {unit}: "
+                f"{element.name} {dims} takes {expected}, and nothing else: {AGAIN}"
+            )
+        return Tensor(name, element.name, tuple(dims), n_bytes)
+
+    def n_stored(self, number: int, start: int, stop: int) -> int:
+        """Values in one occurrence of a contents field of TensorProto; bytes for raw_data."""
+        if number == RAW_DATA:
+            return stop - start
+        size = {4: 4, 10: 8}.get(number)
+        if size is None:
+            is_one = stop < 0 or number == 6
+            return 1 if is_one else self.count_varints(start, stop)
+        if (stop - start) % size:
+            raise _WireError(f"byte {start}: no valid packed numbers")
+        return (stop - start) // size
+
+    def n_elements(self, name: str, dims: list[int]) -> int:
+        total = bound = 1  # bound leaves out zeros: onnxruntime may multiply in any order
+        for dim in dims:
+            total *= dim
+            bound *= dim or 1
+            if bound > MAX_ELEMENTS:  # a negative number arrives as one above 2^63
+                self.refuse(
+                    f"tensor {name[:80]!r} has dimensions {[_signed(dim) for dim in dims]}: "
+                    f"expected none negative, and at most {MAX_ELEMENTS} elements"
+                )
+        return total
+
+    def refuse_external(self, pos: int, end: int) -> NoReturn:
+        """pos, end: the tensor. Only its own words are read, never the file that they name."""
+        name, location = "", ""
+        for number, start, stop in self.fields(_TENSOR, pos, end):
+            if number == 8:
+                name = self.text(start, stop, "tensor name")
+            elif number == 13:
+                key, value = self.entry(start, stop)
+                if self.starts_with(key, b"location"):
+                    location = self.text(*value, "location of external data")
+        self.refuse(
+            f"tensor {name[:80]!r} is in another file, {location[:80]!r}: expected one "
+            "self-contained file, export with `pico-edge export`"
+        )
+
+    def value(self, pos: int, end: int) -> ValueInfo:
+        self.values_seen += 1
+        if self.values_seen > MAX_ITEMS:
+            self.refuse(f"more than {MAX_ITEMS} named values: expected a model of pico-edge")
+        name = ""
+        elem_type: str = "?"
+        shape: tuple[int | str, ...] = ("...",)
+        for number, start, stop in self.fields(_VALUE, pos, end):
+            if number == 1:
+                name = self.text(start, stop, "value name")
+            elif number == 2:
+                elem_type, shape = self.type(start, stop)
+        return ValueInfo(name, elem_type, shape)
+
+    def type(self, pos: int, end: int) -> tuple[str, tuple[int | str, ...]]:
+        elem_type: str = "?"
+        shape: tuple[int | str, ...] = ("...",)
+        for number, start, stop in self.fields(_TYPE, pos, end):
+            if number == 1:
+                elem_type, shape = self.tensor_type(start, stop)
+            elif number != 6:
+                self.refuse(f"a value is a {OTHER_TYPES[number]}: expected tensors only")
+        return elem_type, shape
+
+    def tensor_type(self, pos: int, end: int) -> tuple[str, tuple[int | str, ...]]:
+        elem_type: str = "?"
+        shape: tuple[int | str, ...] = ("...",)
+        for number, start, stop in self.fields(_TENSOR_TYPE, pos, end):
+            if number == 1:
+                if start not in _ELEMENTS:
+                    self.refuse(f"a value has element type {start}: expected a known one")
+                elem_type = _ELEMENTS[start].name
+            elif number == 2:
+                shape = self.shape(start, stop)
+        return elem_type, shape
+
+    def shape(self, pos: int, end: int) -> tuple[int | str, ...]:
+        axes: list[int | str] = []
+        for _, start, stop in self.fields(_SHAPE, pos, end):
+            axis: int | str = "?"
+            for number, value, last in self.fields(_DIMENSION, start, stop):
+                if number == 3:
+                    continue
+                if axis != "?":
+                    self.refuse(f"an axis has both a size and a name: {AGAIN}")
+                if number == 2:
+                    axis = self.text(value, last, "axis name") or "?"
+                elif value > MAX_ELEMENTS:
+                    self.refuse(f"an axis of size {_signed(value)}: {AGAIN}")
+                else:
+                    axis = value
+            axes.append(axis)
+            if len(axes) > MAX_RANK:
+                self.refuse(f"a value of more than {MAX_RANK} axes: {AGAIN}")
+        return tuple(axes)
+
+    # pico_edge's own metadata.
+
+    def entry(self, pos: int, end: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Where the key and the value of a StringStringEntryProto are; (0, 0) if absent."""
+        key = value = (0, 0)
+        for number, start, stop in self.fields(_ENTRY, pos, end):
+            if number == 1:
+                key = start, stop
+            else:
+                value = start, stop
+        return key, value
+
+    def starts_with(self, span: tuple[int, int], prefix: bytes) -> bool:
+        start, end = span
+        return self.data[start : min(end, start + len(prefix))] == prefix
+
+    def metadata(self, entries: list[tuple[int, int]]) -> tuple[dict[str, Any], GPTConfig]:
+        """The parsed values of the pico_edge keys, and the config among them."""
+        prefix = artefact.KEY_PREFIX.encode()
+        spans: dict[str, tuple[int, int]] = {}
+        for span in entries:
+            key_span, value_span = self.entry(*span)
+            if not self.starts_with(key_span, prefix):
+                continue
+            key = self.text(*key_span, "metadata key")
+            if key in spans:  # onnxruntime would take the last
+                self.refuse(f"metadata {key[:80]!r} occurs twice: {AGAIN}")
+            spans[key] = value_span
+        if not spans:
+            self.refuse("no pico_edge metadata: expected a file of `pico-edge export`")
+        if artefact.FORMAT_VERSION_KEY in spans:
+            version = self.json(artefact.FORMAT_VERSION_KEY, *spans[artefact.FORMAT_VERSION_KEY])
+            self.check_format_version(version)
+        missing = [key for key in artefact.KEYS if key not in spans]
+        if missing:
+            self.refuse(f"metadata lacks {', '.join(missing)}: {AGAIN}")
+        total = sum(end - start for start, end in spans.values())
+        if total > MAX_METADATA_TOTAL_BYTES:
+            self.refuse(
+                f"metadata of {total} bytes in all: expected at most {MAX_METADATA_TOTAL_BYTES}"
+            )
+        values = {key: self.json(key, *span) for key, span in spans.items()}
+        for key in artefact.KEYS[1:]:
+            if not isinstance(values[key], dict):
+                self.refuse(f"metadata {key} is not an object: {AGAIN}")
+        try:
+            config = GPTConfig.from_dict(values[artefact.CONFIG_KEY])
+        except ArtefactError as error:
+            self.refuse(f"{error}: {AGAIN}")
+        self.check_tokenizer(values[artefact.TOKENIZER_KEY], config)
+        return values, config
+
+    def json(self, key: str, start: int, end: int) -> Any:
+        if end - start > artefact.MAX_METADATA_BYTES:
+            self.refuse(
+                f"metadata {key[:80]!r} has {end - start} bytes: "
+                f"expected at most {artefact.MAX_METADATA_BYTES}"
+            )
+        try:
+            return json.loads(self.data[start:end].decode("utf-8"), parse_constant=_no_constant)
+        except UnicodeDecodeError:
+            self.refuse(f"metadata {key[:80]!r} is not UTF-8: {AGAIN}")
+        except (ValueError, RecursionError) as error:
+            self.refuse(f"metadata {key[:80]!r} is not JSON ({error}): {AGAIN}")
+
+    def check_format_version(self, version: object) -> None:
+        known = artefact.FORMAT_VERSION
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            self.refuse(f"model format {str(version)[:40]!r}: expected a number from 1: {AGAIN}")
+        if version > known:
+            reads = "1" if known == 1 else f"1-{known}"
+            self.refuse(f"model format {version}, this pico-edge reads {reads}: {UPGRADE}")
+
+    def check_tokenizer(self, values: dict[str, Any], config: GPTConfig) -> None:
+        """The outer shape only: `tokenizer_from_dict` looks at every token, and takes its time."""
+        kind, tokens, pattern = (values.get(name) for name in ("kind", "tokens", "pattern"))
+        if kind == SimpleTokenizer.kind and values.keys() == {"kind"}:
+            n_vocab = SimpleTokenizer.n_vocab
+        elif kind == BPETokenizer.kind and values.keys() == {"kind", "pattern", "tokens"}:
+            if not isinstance(tokens, list) or len(tokens) > MAX_RANKS:
+                self.refuse(f"tokenizer: expected a list of at most {MAX_RANKS} tokens: {AGAIN}")
+            if not isinstance(pattern, str) or pattern not in PATTERNS:
+                self.refuse(
+                    f"tokenizer pattern {str(pattern)[:80]!r}: expected one of {sorted(PATTERNS)}"
+                )
+            n_vocab = len(tokens) + 1  # and the end of text
+        else:
+            self.refuse(
+                f"tokenizer of kind {str(kind)[:80]!r} with {len(values)} fields: "
+                f"expected 'simple' or 'bpe': {AGAIN}"
+            )
+        if n_vocab > config.vocab_size:
+            self.refuse(f"tokenizer of {n_vocab} ids for a model of {config.vocab_size}: {AGAIN}")
+
+    # What the session binds.
+
+    def check_contract(
+        self, config: GPTConfig, inputs: list[ValueInfo], outputs: list[ValueInfo]
+    ) -> None:
+        """The inputs and outputs are those of `artefact` for this config."""
+        n_layer = config.n_layer
+        if len(inputs) != 5 + 2 * n_layer or len(outputs) != 1 + 2 * n_layer:
+            self.refuse(
+                f"{len(inputs)} inputs and {len(outputs)} outputs: expected {5 + 2 * n_layer} "
+                f"and {1 + 2 * n_layer} for the {n_layer} layers in its metadata: {AGAIN}"
+            )
+        pasts, presents = artefact.past_names(n_layer), artefact.present_names(n_layer)
+        cache_shape = ("B", config.n_head, "K", config.head_dim)
+        past_set = frozenset(pasts)
+        found_types = {value.elem_type for value in inputs if value.name in past_set}
+        # One type for all of them: mixed ones are listed as differences from the first choice.
+        cache_types = tuple(found_types) if len(found_types) == 1 else CACHE_TYPES[:1]
+        cache_types = tuple(name for name in cache_types if name in CACHE_TYPES) or CACHE_TYPES
+        cache = _Expected(cache_types, cache_shape)
+        differences = _differences(
+            "input",
+            {
+                artefact.INPUT_IDS: _Expected(("int64",), ("B", "S")),
+                artefact.POSITION_IDS: _Expected(("int64",), ("B", "S")),
+                artefact.SEQLENS_K: _Expected(("int32",), ("B",)),
+                artefact.TOTAL_SEQ_LEN: _Expected(("int32",), ()),
+                artefact.OUT_INDEX: _Expected(("int64",), ("N",)),
+                **dict.fromkeys(pasts, cache),
+            },
+            inputs,
+        ) + _differences(
+            "output",
+            {
+                artefact.LOGITS: _Expected(LOGITS_TYPES, ("N", config.vocab_size)),
+                **dict.fromkeys(presents, cache),
+            },
+            outputs,
+        )
+        if differences:
+            more = f"; and {len(differences) - 8} more" if len(differences) > 8 else ""
+            self.refuse(
+                f"the graph differs from its metadata: {'; '.join(differences[:8])}{more}: {AGAIN}"
+            )
+
+
+class _Expected(NamedTuple):
+    """Allowed element types; sizes, and names for axes that must be free."""
+
+    elem_types: tuple[str, ...]
+    shape: tuple[int | str, ...]
+
+
+def _differences(kind: str, expected: dict[str, _Expected], values: list[ValueInfo]) -> list[str]:
+    found = {value.name: value for value in values}
+    differences = [
+        f"{kind} {name[:80]!r} found, none expected" for name in found if name not in expected
+    ]
+    for name, want in expected.items():
+        wanted = f"{' or '.join(want.elem_types)} {_shape_text(want.shape)}"
+        value = found.get(name)
+        if value is None:
+            differences.append(f"{kind} {name} missing, expected {wanted}")
+        elif value.elem_type not in want.elem_types or not _fits(value.shape, want.shape):
+            actual = f"{value.elem_type} {_shape_text(value.shape)}"
+            differences.append(f"{kind} {name} expected {wanted}, found {actual}")
+    return differences
+
+
+def _fits(shape: tuple[int | str, ...], expected: tuple[int | str, ...]) -> bool:
+    return len(shape) == len(expected) and all(
+        isinstance(axis, str) if isinstance(want, str) else axis == want
+        for axis, want in zip(shape, expected, strict=True)
+    )
+
+
+def _shape_text(shape: tuple[int | str, ...]) -> str:
+    """Example: ("B", 2, "K", 16) -> "(B, 2, K, 16)"."""
+    return f"({', '.join(str(axis)[:40] for axis in shape)})"
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _signed(value: int) -> int:
+    """A protobuf int64 from the unsigned number on the wire."""
+    return value - (1 << 64) if value >> 63 else value

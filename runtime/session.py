@@ -1,0 +1,545 @@
+"""A `model.onnx` on onnxruntime: Session holds the weights, a Cache the state of one generation.
+
+The only module that imports onnxruntime. Knows ids and logits, not text or sampling. Shapes: B
+batch, S new tokens of a call, H n_head, K capacity, D head_dim, V vocab_size.
+
+Try: `Session("model.onnx").new_cache().prefill([[72, 105]])` -> logits (1, V) of the next token.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pico_edge import artefact
+from pico_edge.config import GPTConfig
+from pico_edge.errors import ArtefactError, PicoEdgeError, UsageError
+from pico_edge.runtime.preflight import check_unchanged, read_model_file
+from pico_edge.tokenizer import Tokenizer, tokenizer_from_dict
+
+# Read once, when onnxruntime is imported; from 1.29 on its telemetry is on by default.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
+import onnxruntime as ort  # type: ignore[import-untyped]
+
+FloatArray = npt.NDArray[np.floating[Any]]
+IntArray = npt.NDArray[np.int32]
+Ids = Sequence[int] | npt.NDArray[np.integer[Any]]
+
+PROVIDER_ENV = "PICO_EDGE_PROVIDER"
+THREADS_ENV = "PICO_EDGE_THREADS"
+ORT_PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "directml": "DmlExecutionProvider",
+}
+ORT_DEVICES = {"cpu": "cpu", "cuda": "cuda", "directml": "dml"}
+# The distribution of onnxruntime that brings a provider. All install the same files: one at a time.
+DISTRIBUTIONS = {
+    "cpu": "onnxruntime",
+    "cuda": "onnxruntime-gpu",
+    "directml": "onnxruntime-directml",
+}
+DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+}
+MAX_THREADS = 1024
+
+_Errors = ort.capi.onnxruntime_pybind11_state
+# onnxruntime's exceptions have no base class of their own.
+ORT_ERRORS = (
+    _Errors.EPFail,
+    _Errors.EngineError,
+    _Errors.Fail,
+    _Errors.InvalidArgument,
+    _Errors.InvalidGraph,
+    _Errors.InvalidProtobuf,
+    _Errors.NoModel,
+    _Errors.NoSuchFile,
+    _Errors.NotImplemented,
+    _Errors.RuntimeException,
+)
+
+
+class Session:
+    """The weights of one file, loaded once; serves any number of caches, one call at a time each.
+
+    provider: "cpu", "cuda", "directml", or "auto": PICO_EDGE_PROVIDER if that is set, else the one
+    the file is made for, else cpu. threads: a number, or "auto": PICO_EDGE_THREADS if that is set,
+    else the physical cores that this process may use. allow_foreign: load a file that is not of
+    pico-edge; it has no config, hence no cache.
+    Raises ArtefactError for a file that is refused, UsageError for an argument, PicoEdgeError when
+    the provider cannot run it. Nothing moves to another provider without a word: what runs is in
+    `provider`, and a choice of "auto" that is not the file's own is in `notices`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        provider: str = "auto",
+        threads: str | int = "auto",
+        allow_foreign: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self.threads = choose_threads(threads)
+        model_file = read_model_file(self.path, allow_foreign=allow_foreign)
+        self.metadata: dict[str, Any] = model_file.metadata
+        self.export: dict[str, Any] = self.metadata.get(artefact.EXPORT_KEY, {"target": "cpu"})
+        self.sampling: dict[str, Any] = self.metadata.get(artefact.SAMPLING_KEY, {})
+        self._config = model_file.config
+        wanted = os.environ.get(PROVIDER_ENV) or "auto" if provider == "auto" else provider
+        self.provider, self.notices = choose_provider(
+            wanted, self.export["target"], ort.get_available_providers(), file=self.path.name
+        )
+        self.device = ORT_DEVICES[self.provider]
+        self.ort = _load(self.path, self.provider, self.threads)
+        check_unchanged(model_file)
+        # DirectML's GroupQueryAttention takes the past for empty when S > 1: wrong text, no error.
+        self.appends = self.provider != "directml"
+        types = {
+            value.name: value.type for value in (*self.ort.get_inputs(), *self.ort.get_outputs())
+        }
+        cache_type = types.get("past_key_values.0.key", "tensor(float)")
+        self.cache_dtype: np.dtype[Any] = np.dtype(DTYPES[cache_type])
+        self.logits_dtype: np.dtype[Any] = np.dtype(
+            DTYPES[types.get(artefact.LOGITS, "tensor(float)")]
+        )
+
+    @property
+    def config(self) -> GPTConfig:
+        """The shape of the model. Raises ArtefactError for a foreign file, which does not say."""
+        if self._config is None:
+            raise ArtefactError(
+                f"{self.path}: not a file of pico-edge, its model config is unknown: "
+                "make it with pico-edge export"
+            )
+        return self._config
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the file, built when first asked for."""
+        if artefact.TOKENIZER_KEY not in self.metadata:
+            raise ArtefactError(f"{self.path}: not a file of pico-edge, it has no tokenizer")
+        return tokenizer_from_dict(self.metadata[artefact.TOKENIZER_KEY])
+
+    def new_cache(self, batch: int = 1, capacity: int | None = None) -> Cache:
+        """An empty cache of `batch` rows of up to `capacity` tokens each, block_size by default."""
+        return Cache(self, batch, self.config.block_size if capacity is None else capacity)
+
+
+class Cache:
+    """Keys and values of one generation, B rows of up to K tokens, updated in place by every call.
+
+    `lengths` (B,) int32: valid tokens of each row. A row holds at most block_size tokens, since
+    positions are learned; when it is full the caller truncates or prefills again. Not thread-safe;
+    several caches of one Session are independent.
+    """
+
+    def __init__(self, session: Session, batch: int, capacity: int) -> None:
+        config = session.config
+        if batch < 1:
+            raise UsageError(f"batch is {batch}: expected 1 or more")
+        if not 1 <= capacity <= config.block_size:
+            raise UsageError(
+                f"capacity is {capacity}: expected 1 to block_size, {config.block_size} tokens"
+            )
+        self.session = session
+        self.batch = batch
+        self.capacity = capacity
+        self.lengths: IntArray = np.zeros(batch, np.int32)
+        self._vocab_size = config.vocab_size
+        self._history: list[list[int]] | None = None  # what append replays where it cannot append
+        if not session.appends:
+            self._history = [[] for _ in range(batch)]
+        self._past_names = artefact.past_names(config.n_layer)
+        self._present_names = artefact.present_names(config.n_layer)
+        shape = (batch, config.n_head, capacity, config.head_dim)
+        # Zeros, not garbage: a NaN in a place that is masked out would still poison the sum.
+        self._arrays = [np.zeros(shape, session.cache_dtype) for _ in self._past_names]
+        self._values = [
+            ort.OrtValue.ortvalue_from_numpy(array, session.device) for array in self._arrays
+        ]
+        if session.device != "cpu":
+            self._arrays = []  # the values are copies on the device
+        self._row_bytes = int(np.prod(shape[1:])) * session.cache_dtype.itemsize
+        self._row_shape = (1, *shape[1:])
+        self._row_bindings: dict[int, Any] = {}
+        self._batch_binding: Any = None
+
+        # The inputs of `decode`, one token per row, written in place at every step.
+        self._ids = np.zeros((batch, 1), np.int64)
+        self._positions = np.zeros((batch, 1), np.int64)
+        self._seqlens = np.zeros(batch, np.int32)
+        self._total = np.zeros((), np.int32)
+        self._logits: FloatArray = np.zeros((batch, config.vocab_size), session.logits_dtype)
+        self._decode_inputs = _small_inputs(
+            self._ids, self._positions, self._seqlens, self._total, np.arange(batch, dtype=np.int64)
+        )
+        self._decode_output = ort.OrtValue.ortvalue_from_numpy(self._logits)
+        self._decode_binding: Any = None
+
+    def prefill(self, rows: Sequence[Ids]) -> FloatArray:
+        """Put one prompt into each row of an empty cache; logits (B, V) of each row's last token.
+
+        rows: B prompts of 1 to K ids, lengths may differ. Raises ValueError if the cache is not
+        empty or the rows do not fit.
+        """
+        if len(rows) != self.batch:
+            raise ValueError(f"{len(rows)} rows: the cache has {self.batch}")
+        if self.lengths.any():
+            raise ValueError("prefill needs an empty cache: call reset first")
+        logits = self._run_prompts(rows, [[len(row) - 1] for row in rows])
+        self.lengths[:] = [len(row) for row in rows]
+        if self._history is not None:
+            self._history = [[int(i) for i in row] for row in rows]
+        return logits
+
+    def append(self, row: int, ids: Ids, *, all_logits: bool = False) -> FloatArray:
+        """Add ids to one row, at any length of it; logits (1, V) of the last id, or (S, V) of all.
+
+        Raises ValueError if the row cannot take them.
+        """
+        if not 0 <= row < self.batch:
+            raise ValueError(f"row {row}: the cache has {self.batch}")
+        past, n = int(self.lengths[row]), len(ids)
+        if past + n > self.capacity:
+            raise ValueError(f"{past} + {n} tokens: the cache holds {self.capacity}")
+        wanted = list(range(n)) if all_logits else [n - 1]
+        if self._history is not None and past and n > 1:
+            return self._replay(row, ids, wanted)
+        chunk = self._checked([ids])
+        logits: FloatArray = np.empty((len(wanted), self._vocab_size), self.session.logits_dtype)
+        self._run(
+            self._row_binding(row),
+            _small_inputs(
+                chunk,
+                np.arange(past, past + n, dtype=np.int64)[None],  # (1, S)
+                np.array([past + n - 1], np.int32),
+                np.array(past + n, np.int32),
+                np.array(wanted, np.int64),
+            ),
+            logits,
+        )
+        self.lengths[row] += n
+        if self._history is not None:
+            self._history[row] += [int(i) for i in ids]
+        return logits
+
+    def decode(self, token_ids: Ids) -> FloatArray:
+        """Add one token to each row; logits (B, V).
+
+        token_ids: (B,), rows may have different lengths. Raises ValueError when a row is full.
+        NOTE: the logits are the same array at every call, valid until the next.
+        """
+        longest = int(self.lengths.max()) if self.batch > 1 else int(self.lengths[0])
+        if longest >= self.capacity:
+            # onnxruntime would grow the output, or fail, by the kernel it chose.
+            raise ValueError(f"{longest} + 1 tokens: the cache holds {self.capacity}")
+        self._ids[:, 0] = token_ids
+        self._positions[:, 0] = self.lengths
+        self._seqlens[:] = self.lengths
+        self._total[()] = longest + 1
+        binding = self._decode_binding
+        if binding is None:
+            binding = self._decode_binding = self._bind_caches(self.session.ort.io_binding(), None)
+            _bind_inputs(binding, self._decode_inputs)
+            binding.bind_ortvalue_output(artefact.LOGITS, self._decode_output)
+        elif self.session.device != "cpu":
+            _bind_inputs(binding, self._decode_inputs)  # off the CPU, binding is what copies them
+        self.session.ort.run_with_iobinding(binding)
+        if self.session.device != "cpu":
+            binding.synchronize_outputs()
+        self.lengths += 1
+        if self._history is not None:
+            for history, token_id in zip(self._history, token_ids, strict=True):
+                history.append(int(token_id))
+        return self._logits
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget all but the first `length` tokens of a row."""
+        if not 0 <= length <= self.lengths[row]:
+            raise ValueError(f"length {length}: row {row} holds {self.lengths[row]} tokens")
+        self.lengths[row] = length
+        if self._history is not None:
+            del self._history[row][length:]
+
+    def reset(self) -> None:
+        """Forget everything; the memory is used again."""
+        for row in range(self.batch):
+            self.truncate(row, 0)
+
+    def _checked(self, rows: Sequence[Ids]) -> npt.NDArray[np.int64]:
+        """Rows of ids, right-padded with 0 to the longest: (B, S)."""
+        longest = max(len(row) for row in rows)
+        ids = np.zeros((len(rows), longest), np.int64)
+        for i, row in enumerate(rows):
+            if not 1 <= len(row) <= self.capacity:
+                raise ValueError(f"row {i} has {len(row)} tokens: expected 1 to {self.capacity}")
+            ids[i, : len(row)] = row
+        if ids.min() < 0 or ids.max() >= self._vocab_size:
+            raise ValueError(
+                f"token ids {ids.min()} to {ids.max()}: expected 0 to {self._vocab_size - 1}"
+            )
+        return ids
+
+    def _run_prompts(self, rows: Sequence[Ids], wanted: Sequence[Sequence[int]]) -> FloatArray:
+        """All rows from position 0 in one call; logits of the wanted places, row after row."""
+        ids = self._checked(rows)
+        S = ids.shape[1]
+        out_index = [b * S + s for b, places in enumerate(wanted) for s in places]
+        logits: FloatArray = np.empty((len(out_index), self._vocab_size), self.session.logits_dtype)
+        if self._batch_binding is None:
+            self._batch_binding = self._bind_caches(self.session.ort.io_binding(), None)
+        self._run(
+            self._batch_binding,
+            _small_inputs(
+                ids,
+                np.tile(np.arange(S, dtype=np.int64), (self.batch, 1)),  # (B, S)
+                np.array([len(row) - 1 for row in rows], np.int32),
+                np.array(S, np.int32),
+                np.array(out_index, np.int64),
+            ),
+            logits,
+        )
+        return logits
+
+    def _replay(self, row: int, ids: Ids, wanted: Sequence[int]) -> FloatArray:
+        """`append` where a kernel cannot: the tokens of all rows again, from position 0."""
+        assert self._history is not None
+        past = len(self._history[row])
+        rows = [list(history) for history in self._history]
+        rows[row] += [int(i) for i in ids]
+        places: list[list[int]] = [[] for _ in rows]
+        places[row] = [past + i for i in wanted]
+        # An empty row needs a token to be run; it stays empty, the token is overwritten later.
+        logits = self._run_prompts([tokens or [0] for tokens in rows], places)
+        self._history = rows
+        self.lengths[row] += len(ids)
+        return logits
+
+    def _run(self, binding: Any, inputs: dict[str, Any], logits: FloatArray) -> None:
+        _bind_inputs(binding, inputs)
+        output = ort.OrtValue.ortvalue_from_numpy(logits)
+        binding.bind_ortvalue_output(artefact.LOGITS, output)
+        self.session.ort.run_with_iobinding(binding)
+        if self.session.device != "cpu":
+            binding.synchronize_outputs()
+
+    def _row_binding(self, row: int) -> Any:
+        """A binding with the memory of one row as a cache of batch 1."""
+        if row not in self._row_bindings:
+            self._row_bindings[row] = self._bind_caches(self.session.ort.io_binding(), row)
+        return self._row_bindings[row]
+
+    def _bind_caches(self, binding: Any, row: int | None) -> Any:
+        """Bind the cache, whole or one row of it, as past and as present: the same memory."""
+        session = self.session
+        for i, (past, present) in enumerate(
+            zip(self._past_names, self._present_names, strict=True)
+        ):
+            if row is None or self.batch == 1:
+                binding.bind_ortvalue_input(past, self._values[i])
+                binding.bind_ortvalue_output(present, self._values[i])
+            elif session.device == "cpu":
+                value = ort.OrtValue.ortvalue_from_numpy(self._arrays[i][row : row + 1])
+                binding.bind_ortvalue_input(past, value)
+                binding.bind_ortvalue_output(present, value)
+            else:
+                place = self._values[i].data_ptr() + row * self._row_bytes
+                where = (session.device, 0, session.cache_dtype.type, self._row_shape, place)
+                binding.bind_input(past, *where)
+                binding.bind_output(present, *where)
+        return binding
+
+
+def choose_provider(
+    wanted: str, target: str, available: Sequence[str], *, file: str = "the file"
+) -> tuple[str, list[str]]:
+    """The provider that runs a file, and notices for the user; a pure function.
+
+    wanted: "auto", "cpu", "cuda" or "directml". target: what the file was exported for. available:
+    onnxruntime's names. cpu runs the files of every target. Raises UsageError for an unknown name,
+    ArtefactError for an unknown target, PicoEdgeError, with the cure, when `wanted` cannot run it.
+    Example: ("auto", "cuda", ["CPUExecutionProvider"]) -> "cpu" and one notice.
+    """
+    if wanted != "auto" and wanted not in ORT_PROVIDERS:
+        raise UsageError(f"provider is {wanted!r}: expected auto, {', '.join(ORT_PROVIDERS)}")
+    if target not in artefact.TARGET_PROVIDERS:
+        raise ArtefactError(
+            f"{file} is made for target {target!r}: this pico-edge knows "
+            f"{', '.join(artefact.TARGET_PROVIDERS)}: upgrade pico-edge or export again"
+        )
+    here = [name for name, ort_name in ORT_PROVIDERS.items() if ort_name in available]
+    made_for = artefact.TARGET_PROVIDERS[target]
+    if wanted == "auto":
+        if made_for in here:
+            return made_for, []
+        return "cpu", [
+            f"{file} is made for {made_for}, which this onnxruntime does not have: running on cpu"
+            f" (pip install {DISTRIBUTIONS[made_for]}, or pico-edge export ckpt.pt --target cpu)"
+        ]
+    problems = []
+    if wanted not in here:
+        problems.append(
+            f"provider {wanted} is not in this onnxruntime {ort.__version__}, which has "
+            f"{', '.join(here)}: {install_advice(wanted)}"
+        )
+    if wanted not in ("cpu", made_for):
+        problems.append(
+            f"{file} is made for {made_for}, not {wanted}: "
+            f"pico-edge export ckpt.pt --target {wanted}"
+        )
+    if problems:
+        raise PicoEdgeError("; ".join(problems))
+    return wanted, []
+
+
+def install_advice(provider: str) -> str:
+    """The line that installs onnxruntime with a provider, minding what is installed already."""
+    wanted = DISTRIBUTIONS[provider]
+    installed = onnxruntime_distributions()
+    if len(installed) > 1:
+        return (
+            f"{' and '.join(installed)} are installed over each other: "
+            f"pip uninstall -y {' '.join(installed)}, then pip install {wanted}"
+        )
+    others = [name for name in installed if name != wanted]
+    if others:
+        return f"pip uninstall -y {others[0]}, then pip install {wanted}"
+    return f"pip install --force-reinstall {wanted}"
+
+
+def onnxruntime_distributions() -> list[str]:
+    """The installed distributions that hold onnxruntime; more than one break each other."""
+    found = []
+    for name in DISTRIBUTIONS.values():
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        found.append(name)
+    return found
+
+
+def choose_threads(threads: str | int) -> int:
+    """Threads to run with, for a number as such or as text, or for "auto" (see Session)."""
+    source = "threads"
+    if threads == "auto":
+        threads = os.environ.get(THREADS_ENV) or "auto"
+        source = THREADS_ENV
+    if threads == "auto":
+        return physical_cores()
+    if isinstance(threads, str) and threads.isascii() and threads.isdigit():
+        threads = int(threads)
+    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= MAX_THREADS:
+        raise UsageError(f"{source} is {threads!r}: expected auto or 1 to {MAX_THREADS}")
+    return threads
+
+
+def physical_cores() -> int:
+    """Physical cores that this process may use, at least 1: its affinity and cgroup are respected.
+
+    Two threads on one core get in each other's way, and one too many, spinning, stalls them all.
+    """
+    if sys.platform == "linux":
+        cpus = os.sched_getaffinity(0)
+        cores = {
+            _read(f"/sys/devices/system/cpu/cpu{i}/topology/thread_siblings_list") for i in cpus
+        }
+        count = len(cpus) if "" in cores else len(cores)
+        quota = _read(
+            "/sys/fs/cgroup/cpu.max"
+        ).split()  # "200000 100000" us per period, or "max ..."
+        if len(quota) == 2 and quota[0] != "max":
+            count = min(count, int(quota[0]) // int(quota[1]))
+        return max(1, count)
+    if sys.platform == "darwin":
+        value, size = ctypes.c_int(0), ctypes.c_size_t(4)
+        libc = ctypes.CDLL(None)
+        for name in (b"hw.perflevel0.physicalcpu", b"hw.physicalcpu"):  # performance cores first
+            if not libc.sysctlbyname(name, ctypes.byref(value), ctypes.byref(size), None, 0):
+                return max(1, value.value)
+    logical = os.cpu_count() or 1
+    # Most x86 cores hold two threads, and one thread too few costs less than one too many.
+    return max(1, logical // 2) if platform.machine().lower() in ("amd64", "x86_64") else logical
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _load(path: Path, provider: str, threads: int) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3  # errors only: they come as exceptions, the rest is noise
+    # Measured: without spinning, two threads are slower than one.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    if provider == "cuda":
+        # An operator without a CUDA kernel would silently run on the CPU, with copies at each step.
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    if provider == "directml":
+        options.enable_mem_pattern = False
+    name = ORT_PROVIDERS[provider]
+    try:
+        session = ort.InferenceSession(
+            os.fspath(path), options, providers=[name], enable_fallback=0
+        )
+    except ORT_ERRORS as error:
+        reason = str(error).splitlines()[0]
+        if provider != "cpu":
+            raise PicoEdgeError(f"{path}: provider {provider} cannot run it: {reason}") from error
+        found = onnxruntime_distributions()
+        advice = f": {install_advice(provider)}" if len(found) > 1 else ""
+        raise ArtefactError(
+            f"{path}: onnxruntime {ort.__version__} cannot load it: {reason}{advice}"
+        ) from error
+    session.disable_fallback()
+    running = session.get_providers()
+    if running[0] != name:  # a provider whose libraries are missing is dropped with a log line only
+        raise PicoEdgeError(
+            f"provider {provider} did not start, onnxruntime {ort.__version__} offers "
+            f"{', '.join(running)} instead: {install_advice(provider)}, and check its driver"
+        )
+    return session
+
+
+def _small_inputs(
+    ids: npt.NDArray[np.int64],
+    positions: npt.NDArray[np.int64],
+    seqlens: IntArray,
+    total: npt.NDArray[np.int32],
+    out_index: npt.NDArray[np.int64],
+) -> dict[str, Any]:
+    """OrtValues that share the memory of the arrays, by input name."""
+    arrays = {
+        artefact.INPUT_IDS: ids,
+        artefact.POSITION_IDS: positions,
+        artefact.SEQLENS_K: seqlens,
+        artefact.TOTAL_SEQ_LEN: total,
+        artefact.OUT_INDEX: out_index,
+    }
+    return {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+
+
+def _bind_inputs(binding: Any, inputs: dict[str, Any]) -> None:
+    for name, value in inputs.items():
+        binding.bind_ortvalue_input(name, value)

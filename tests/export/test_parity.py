@@ -1,0 +1,152 @@
+"""The parity ladder: torch full forward = torch cached = onnxruntime, position by position."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from scipy import stats
+
+from pico_edge.runtime import Model
+from pico_edge.runtime.session import Session
+from pico_edge.tokenizer import SimpleTokenizer
+from pico_edge.train.model import GPT
+
+FP32_LOGITS = 1e-4  # float32 sums in another order
+INT8_LOGITS = 0.05  # 8-bit weights and activations on logits of about 5
+N_VOCAB = SimpleTokenizer.n_vocab
+
+Array = npt.NDArray[np.float32]
+
+
+@pytest.fixture(scope="module")
+def rows(model: GPT) -> list[list[int]]:
+    """Three texts as long as the context."""
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 257, (3, model.config.block_size)).tolist()  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def expected(model: GPT, rows: list[list[int]]) -> Array:
+    """(3, T, V): logits of torch's full forward."""
+    with torch.no_grad():
+        return model(torch.tensor(rows))[0].numpy()  # type: ignore[no-any-return]
+
+
+def test_torch_cached_equals_torch_full(model: GPT, rows: list[list[int]], expected: Array) -> None:
+    past, parts = None, []
+    with torch.no_grad():
+        for chunk in torch.tensor(rows).split(37, dim=1):
+            logits, past = model.forward_cached(chunk, past)
+            parts.append(logits)
+    np.testing.assert_allclose(torch.cat(parts, 1).numpy(), expected, rtol=0, atol=FP32_LOGITS)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_steps_equal_torch_at_every_cache_length(
+    fp32: Session, rows: list[list[int]], expected: Array, batch: int
+) -> None:
+    cache = fp32.new_cache(batch)
+    logits = cache.prefill([row[:1] for row in rows[:batch]])
+    np.testing.assert_allclose(logits, expected[:batch, 0], rtol=0, atol=FP32_LOGITS)
+    for t in range(1, fp32.config.block_size):
+        logits = cache.decode([row[t] for row in rows[:batch]])
+        np.testing.assert_allclose(logits, expected[:batch, t], rtol=0, atol=FP32_LOGITS)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_prefill_equals_torch_at_every_length(
+    fp32: Session, rows: list[list[int]], expected: Array, batch: int
+) -> None:
+    cache = fp32.new_cache(batch)
+    for length in range(1, fp32.config.block_size + 1):
+        cache.reset()
+        logits = cache.prefill([row[:length] for row in rows[:batch]])
+        np.testing.assert_allclose(logits, expected[:batch, length - 1], rtol=0, atol=FP32_LOGITS)
+
+
+@pytest.mark.parametrize("chunk", [2, 17])
+def test_a_chunk_equals_torch_at_every_cache_length(
+    fp32: Session, rows: list[list[int]], expected: Array, chunk: int
+) -> None:
+    """Chunks go row by row, here onto the middle row of a batch of three."""
+    cache = fp32.new_cache(3)
+    for past in range(fp32.config.block_size - chunk + 1):
+        cache.reset()
+        if past:
+            cache.prefill([row[:past] for row in rows])
+        logits = cache.append(1, rows[1][past : past + chunk], all_logits=True)
+        np.testing.assert_allclose(
+            logits, expected[1, past : past + chunk], rtol=0, atol=FP32_LOGITS
+        )
+
+
+def test_a_ragged_batch_equals_torch(fp32: Session, rows: list[list[int]], expected: Array) -> None:
+    lengths = [5, 100, 31]
+    cache = fp32.new_cache(3)
+    logits = cache.prefill([row[:n] for row, n in zip(rows, lengths, strict=True)])
+    for step in range(20):
+        for i, n in enumerate(lengths):
+            np.testing.assert_allclose(
+                logits[i], expected[i, n - 1 + step], rtol=0, atol=FP32_LOGITS
+            )
+        logits = cache.decode([row[n + step] for row, n in zip(rows, lengths, strict=True)])
+
+
+def test_int8_stays_near_torch(int8: Session, rows: list[list[int]], expected: Array) -> None:
+    logits = int8.new_cache().append(0, rows[0], all_logits=True)
+    error = np.abs(logits - expected[0]).max()
+    assert 0 < error < INT8_LOGITS
+
+
+def test_greedy_text_equals_torch_for_256_tokens(model: GPT, fp32_path: Path) -> None:
+    prompt = "The following"
+    got = Model(fp32_path, threads=1).generate(prompt, max_new_tokens=256, temperature=0)
+    idx = torch.tensor([SimpleTokenizer().encode(prompt)])
+    want = model.generate(idx, 256, temperature=0, n_vocab=N_VOCAB)[0, idx.size(1) :]
+    assert got.token_ids == want.tolist()
+
+
+def test_sampled_frequencies_match_torch(model: GPT, fp32_path: Path) -> None:
+    """Both samplers against the exact distribution, 20,000 draws of the next token each."""
+    prompt, temperature, top_k, draws = "The ", 0.9, 20, 20_000
+    idx = torch.tensor([SimpleTokenizer().encode(prompt)])
+    with torch.no_grad():
+        logits = model(idx)[0][0, -1, :N_VOCAB] / temperature
+    kept = logits.topk(top_k)
+    probabilities = kept.values.double().softmax(0).numpy()
+    position = {int(token): i for i, token in enumerate(kept.indices)}
+
+    generator = torch.Generator().manual_seed(3)
+    reference = model.generate(
+        idx.expand(draws, -1),
+        1,
+        temperature=temperature,
+        top_k=top_k,
+        n_vocab=N_VOCAB,
+        generator=generator,
+    )[:, -1].tolist()
+    runtime = Model(fp32_path, threads=1)
+    ours: list[int] = []
+    for seed in range(20):
+        samples = runtime.generate(
+            [prompt] * (draws // 20),
+            max_new_tokens=1,
+            temperature=temperature,
+            top_k=top_k,
+            seed=seed,
+        )
+        ours += [sample.token_ids[0] for sample in samples]
+    for tokens in (reference, ours):
+        counts = np.bincount([position[token] for token in tokens], minlength=top_k)
+        assert stats.chisquare(counts, probabilities * draws).pvalue > 1e-3
+
+
+def test_the_same_seed_gives_the_same_text(int8_path: Path) -> None:
+    first = Model(int8_path, threads=1).generate("Hello", max_new_tokens=80, seed=7)
+    second = Model(int8_path, threads=2).generate("Hello", max_new_tokens=80, seed=7)
+    other = Model(int8_path, threads=1).generate("Hello", max_new_tokens=80, seed=8)
+    assert first.text == second.text != other.text

@@ -1,0 +1,276 @@
+"""Samplers against distributions worked out by hand, a slow oracle, and frequencies."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from pico_edge.artefact import SAMPLING_DEFAULTS
+from pico_edge.errors import PicoEdgeError, UsageError
+from pico_edge.runtime.philox import uniform
+from pico_edge.runtime.sampling import Sampling, check_seed, most_likely, penalize, sample
+
+PLAIN = Sampling(temperature=1.0, top_k=0)
+FOUR = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float64))  # by probability: 1, 3, 2, 0
+
+
+def kept(logits, sampling, steps=2048):
+    """The tokens that can come, in the order of u, found with a fine comb of u."""
+    return list(dict.fromkeys(sample(logits, i / steps, sampling) for i in range(steps)))
+
+
+def oracle(logits, u, s):
+    """The definition in sampling's docstring, token by token in plain Python."""
+    logits = [float(x) for x in logits]
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+    if s.temperature == 0:
+        return order[0]
+    order = order[: s.top_k or None]
+    weight = {i: float(np.exp((logits[i] - logits[order[0]]) / s.temperature)) for i in order}
+    total = sum(weight.values())
+    nucleus, mass = [], 0.0
+    for i in order:
+        if mass >= s.top_p * total:
+            break
+        nucleus.append(i)
+        mass += weight[i]
+    nucleus = [i for i in nucleus if weight[i] >= s.min_p]
+    total, mass = sum(weight[i] for i in nucleus), 0.0
+    for i in nucleus:
+        mass += weight[i]
+        if mass > u * total:
+            return i
+    return max(nucleus, key=lambda i: (weight[i] > 0, -weight[i], i))
+
+
+# The four tokens in order of probability end at 0.4, 0.7, 0.9 and 1 times the total of those kept.
+@pytest.mark.parametrize(
+    ("changes", "u", "token"),
+    [
+        ({}, 0.0, 1),
+        ({}, 0.39, 1),
+        ({}, 0.41, 3),
+        ({}, 0.69, 3),
+        ({}, 0.71, 2),
+        ({}, 0.91, 0),
+        ({}, 1 - 2**-53, 0),
+        ({"top_k": 2}, 0.57, 1),  # 0.4 / 0.7 = 0.5714
+        ({"top_k": 2}, 0.58, 3),
+        ({"top_p": 0.71}, 0.44, 1),  # 0.4 / 0.9 = 0.4444
+        ({"top_p": 0.71}, 0.45, 3),
+        ({"top_p": 0.69}, 0.58, 3),
+        ({"min_p": 0.6}, 0.58, 3),  # 0.2 < 0.6 * 0.4
+        ({"temperature": 0.5}, 0.53, 1),  # 0.16 / 0.30 = 0.5333
+        ({"temperature": 0.5}, 0.54, 3),
+        ({"temperature": 0.0}, 0.99, 1),
+        ({"temperature": 1e-9}, 0.99, 1),
+        ({"temperature": 1e-300}, 0.99, 1),
+    ],
+)
+def test_draws_of_a_hand_computed_distribution(changes, u, token):
+    assert sample(FOUR, u, dataclasses.replace(PLAIN, **changes)) == token
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens"),
+    [
+        ({}, [1, 3, 2, 0]),
+        ({"top_k": 1}, [1]),
+        ({"top_k": 3}, [1, 3, 2]),
+        ({"top_k": 99}, [1, 3, 2, 0]),
+        ({"top_p": 0.3}, [1]),
+        ({"top_p": 0.5}, [1, 3]),
+        ({"top_p": 0.91}, [1, 3, 2, 0]),
+        ({"top_k": 2, "top_p": 0.6}, [1, 3]),  # of the two kept, 1 alone has 0.571
+        ({"top_k": 2, "top_p": 0.55}, [1]),
+        ({"min_p": 0.3}, [1, 3, 2]),
+        ({"min_p": 1.0}, [1]),
+        ({"top_p": 0.95, "min_p": 0.6}, [1, 3]),
+    ],
+)
+def test_tokens_kept_of_a_hand_computed_distribution(changes, tokens):
+    assert kept(FOUR, dataclasses.replace(PLAIN, **changes)) == tokens
+
+
+def test_equal_logits_are_taken_by_id():
+    for size in (5, 2000, 60000):  # small, the column search, and many columns
+        logits = np.zeros(size, np.float32)
+        assert sample(logits, 0.0, Sampling(temperature=0.0)) == 0
+        assert kept(logits, dataclasses.replace(PLAIN, top_k=4), steps=4) == [0, 1, 2, 3]
+    logits = np.zeros(2000, np.float32)
+    logits[[3, 1999]] = 1
+    assert most_likely(logits, 4)[0].tolist() == [3, 1999, 0, 1]
+
+
+def test_minus_infinity_is_never_drawn():
+    logits = np.array([-np.inf, 0, -np.inf, 0], np.float32)
+    for changes in ({}, {"top_k": 3}, {"top_p": 0.99}, {"min_p": 0.01}):
+        assert kept(logits, dataclasses.replace(PLAIN, **changes)) == [1, 3]
+        assert sample(logits, 1 - 2**-53, dataclasses.replace(PLAIN, **changes)) == 3
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("size", [4, 3000])
+@pytest.mark.parametrize("changes", [{"temperature": 0.0}, {"top_k": 2}, {"top_k": 0}])
+def test_logits_that_are_not_finite_are_an_error(bad, size, changes):
+    logits = np.zeros(size, np.float32)
+    logits[size // 2] = bad
+    with pytest.raises(PicoEdgeError, match="logit is") as caught:
+        sample(logits, 0.5, dataclasses.replace(PLAIN, **changes))
+    assert caught.value.exit_code == 1
+    with pytest.raises(PicoEdgeError, match="logit is -inf"):
+        sample(np.full(size, -np.inf, np.float32), 0.5, dataclasses.replace(PLAIN, **changes))
+
+
+SETTINGS = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0.0, 1e-9, 0.3, 0.8, 1.0, 7.5]),
+    top_k=st.integers(0, 60),
+    top_p=st.floats(0.01, 1.0),
+    min_p=st.sampled_from([0.0, 0.01, 0.37, 1.0]),
+)
+UNIFORM = st.integers(0, 2**53 - 1).map(lambda i: i * 2.0**-53)
+
+
+@settings(deadline=None)
+@given(
+    # Few different values, so that many tokens are equally likely.
+    logits=st.lists(st.sampled_from([-math.inf, -3.5, -1.0, 0.0, 0.25, 2.0]), min_size=1).filter(
+        lambda values: max(values) > -math.inf
+    ),
+    u=UNIFORM,
+    sampling=SETTINGS,
+)
+def test_draws_follow_the_definition_among_many_ties(logits, u, sampling):
+    logits = np.array(logits, np.float32)
+    assert sample(logits, u, sampling) == oracle(logits, u, sampling)
+
+
+@settings(deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    size=st.sampled_from([257, 258, 800, 1000, 2500, 5003]),
+    spread=st.sampled_from([0.01, 1.0, 4.0]),
+    sampling=SETTINGS,
+)
+def test_draws_follow_the_definition_in_large_vocabularies(seed, size, spread, sampling):
+    logits = np.random.default_rng(seed).normal(size=size).astype(np.float32) * spread
+    u = uniform(seed, 1)
+    assert sample(logits, u, sampling) == oracle(logits, u, sampling)
+    half = logits.astype(np.float16)
+    assert sample(half, u, sampling) == oracle(half, u, sampling)
+
+
+@given(seed=st.integers(0, 2**32), size=st.integers(1, 3000), levels=st.integers(1, 400))
+def test_most_likely_is_a_sort_by_value_then_id(seed, size, levels):
+    rng = np.random.default_rng(seed)
+    logits = rng.integers(0, levels, size).astype(np.float32)
+    k = int(rng.integers(1, size + 1)) if seed % 2 else min(size, 50)
+    ids, values = most_likely(logits, k)
+    assert ids.tolist() == np.argsort(-logits, kind="stable")[:k].tolist()
+    assert (values == logits[ids]).all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"temperature": 0.8, "top_k": 50},
+        {"temperature": 1.5},
+        {"top_k": 7},
+        {"top_p": 0.8},
+        {"min_p": 0.05},
+        {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
+    ],
+)
+def test_frequencies_are_those_of_the_distribution(changes):
+    draws = 20_000
+    logits = np.random.default_rng(5).normal(size=300).astype(np.float32) * 1.5
+    sampling = dataclasses.replace(PLAIN, **changes)
+    order = np.argsort(-logits, kind="stable")[: sampling.top_k or None]
+    p = np.exp(logits[order].astype(np.float64) / sampling.temperature)
+    p /= p.sum()
+    n = min(int((np.cumsum(p) < sampling.top_p).sum()) + 1, int((p >= sampling.min_p * p[0]).sum()))
+    order, p = order[:n], p[:n] / p[:n].sum()
+
+    found = np.zeros(logits.size)
+    for position in range(draws):
+        found[sample(logits, uniform(11, position), sampling)] += 1
+    assert found.sum() == found[order].sum()
+    # Chi-square needs some draws in each cell: the rare tokens share one.
+    rare = p * draws < 10
+    expected = np.append(p[~rare], p[rare].sum())[: None if rare.any() else -1] * draws
+    counted = np.append(found[order][~rare], found[order][rare].sum())[: len(expected)]
+    assert stats.chisquare(counted, expected).pvalue > 1e-3
+
+
+def test_penalties_of_a_hand_computed_text():
+    logits = np.array([2.0, -2.0, 1.0, 1.0, 0.0], np.float32)
+    seen = np.array([True, True, True, False, False])  # 0 and 1 in the prompt, 2 drawn three times
+    counts = np.array([0, 0, 3, 0, 0])
+    repetition = dataclasses.replace(PLAIN, repetition_penalty=2.0)
+    assert penalize(logits, seen, counts, repetition).tolist() == [1, -4, 0.5, 1, 0]
+    presence = dataclasses.replace(PLAIN, presence_penalty=0.5)
+    assert penalize(logits, seen, counts, presence).tolist() == [2, -2, 0.5, 1, 0]
+    frequency = dataclasses.replace(PLAIN, frequency_penalty=0.5)
+    assert penalize(logits, seen, counts, frequency).tolist() == [2, -2, -0.5, 1, 0]
+    assert logits.tolist() == [2, -2, 1, 1, 0]
+    assert [s.penalizes for s in (PLAIN, repetition, presence, frequency)] == [False] + [True] * 3
+
+
+def test_sampling_defaults_are_those_of_the_artefact():
+    assert dataclasses.asdict(Sampling()) == SAMPLING_DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("temperature", value) for value in (-1, math.inf, math.nan, "0.8", True)),
+        *(("top_k", value) for value in (-1, 1.5, "50", True)),
+        *(("top_p", value) for value in (0, 1.5, -0.1, math.nan)),
+        *(("min_p", value) for value in (-0.1, 1.01, math.nan)),
+        *(("repetition_penalty", value) for value in (0, -1, math.inf)),
+        *(("presence_penalty", value) for value in (math.nan, -math.inf)),
+        *(("frequency_penalty", value) for value in (math.nan, "x")),
+        *(("max_new_tokens", value) for value in (-1, 0.5, math.nan)),
+        ("context_overflow", "wrap"),
+    ],
+)
+def test_a_setting_out_of_range_is_named(name, value):
+    with pytest.raises(UsageError, match=f"{name} is .*expected") as caught:
+        Sampling(**{name: value})
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 0},
+        {"temperature": 1e-9},
+        {"temperature": np.float32(0.5)},
+        {"top_k": 0},
+        {"top_k": 10**9},
+        {"top_k": np.int64(3)},
+        {"top_p": 1},
+        {"min_p": 1},
+        {"max_new_tokens": 0},
+        {"max_new_tokens": 10**9},
+    ],
+)
+def test_settings_at_the_edge_of_their_range_work(changes):
+    assert sample(FOUR, 0.2, dataclasses.replace(PLAIN, **changes)) == 1
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.0, "1", None, True])
+def test_a_seed_out_of_range_is_refused(seed):
+    with pytest.raises(UsageError, match=r"seed is .*expected .*0 to 9223372036854775807"):
+        check_seed(seed)
+
+
+@pytest.mark.parametrize("seed", [0, 2**63 - 1, np.int64(5)])
+def test_seeds_of_63_bits_are_accepted(seed):
+    check_seed(seed)

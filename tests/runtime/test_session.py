@@ -1,0 +1,320 @@
+"""Every way through the cache gives the logits of one call; nothing moves to another provider."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from pico_edge.errors import ArtefactError, PicoEdgeError, UsageError
+from pico_edge.runtime import session as session_module
+from pico_edge.runtime.session import (
+    Session,
+    choose_provider,
+    choose_threads,
+    install_advice,
+    onnxruntime_distributions,
+    physical_cores,
+)
+
+DATA = Path(__file__).parents[1] / "data"
+# fp32 sums differ in order only; int8 kernels also quantize the activations of a row by themselves.
+TOLERANCE = {"tiny_fp32.onnx": 1e-5, "tiny.onnx": 1e-4}
+
+
+@pytest.fixture(scope="module", params=sorted(TOLERANCE))
+def model(request):
+    return Session(DATA / request.param, provider="cpu", threads=1)
+
+
+@pytest.fixture(scope="module")
+def fp32():
+    return Session(DATA / "tiny_fp32.onnx", provider="cpu", threads=1)
+
+
+@pytest.fixture(scope="module")
+def text(model):
+    """Ids that fill the context, and the logits of all positions by one call."""
+    block_size = model.config.block_size
+    ids = np.random.default_rng(0).integers(0, model.tokenizer.n_vocab, block_size).tolist()
+    return ids, model.new_cache().append(0, ids, all_logits=True)
+
+
+def close(model, got, expected):
+    scale = max(1.0, float(np.abs(expected).max()))
+    assert_allclose(got, expected, rtol=0, atol=TOLERANCE[model.path.name] * scale)
+
+
+def test_session_says_what_it_is(model):
+    assert model.provider == "cpu"
+    assert model.threads == 1
+    assert model.notices == []
+    assert model.export["target"] == "cpu"
+    assert model.tokenizer.n_vocab <= model.config.vocab_size
+    assert model.cache_dtype == np.float32
+    assert model.sampling["max_new_tokens"] > 0
+
+
+def test_prefill_of_every_length_matches_one_call(model, text):
+    ids, expected = text
+    cache = model.new_cache()
+    for length in range(1, len(ids) + 1):
+        cache.reset()
+        logits = cache.prefill([ids[:length]])
+        assert logits.shape == (1, model.config.vocab_size)
+        assert cache.lengths.tolist() == [length]
+        close(model, logits[0], expected[length - 1])
+
+
+def test_decode_at_every_length_matches_one_call(model, text):
+    ids, expected = text
+    cache = model.new_cache()
+    for position, token_id in enumerate(ids):
+        close(model, cache.decode([token_id])[0], expected[position])
+    assert cache.lengths.tolist() == [len(ids)]
+
+
+def test_a_chunk_at_every_length_matches_one_call(model, text):
+    ids, expected = text
+    cache = model.new_cache()
+    for past in range(len(ids)):
+        cache.reset()
+        if past:
+            cache.append(0, ids[:past])
+        rest = ids[past : past + 7]
+        got = cache.append(0, rest, all_logits=True)
+        close(model, got, expected[past : past + len(rest)])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 63])
+def test_chunks_of_one_size_match_one_call(model, text, size):
+    ids, expected = text
+    cache = model.new_cache()
+    chunks = [ids[start : start + size] for start in range(0, len(ids), size)]
+    got = [cache.append(0, chunk, all_logits=True) for chunk in chunks]
+    close(model, np.concatenate(got), expected)
+
+
+def test_append_without_all_logits_gives_those_of_the_last_token(model, text):
+    ids, expected = text
+    cache = model.new_cache()
+    close(model, cache.append(0, ids[:9]), expected[8:9])
+    close(model, cache.append(0, ids[9:20]), expected[19:20])
+
+
+def test_rows_of_a_batch_are_those_of_single_runs(model, text):
+    """Ragged prefill, steps, chunks on one row, a row cut to nothing: each row stays its own."""
+    ids, expected = text
+    lengths = [5, 17, 1]
+    cache = model.new_cache(3)
+    close(model, cache.prefill([ids[:n] for n in lengths]), expected[[n - 1 for n in lengths]])
+    for _ in range(3):
+        close(model, cache.decode([ids[n] for n in lengths]), expected[lengths])
+        lengths = [n + 1 for n in lengths]
+    close(model, cache.append(2, ids[4:13], all_logits=True), expected[4:13])
+    lengths[2] = 13
+    cache.truncate(0, 3)
+    cache.truncate(1, 0)
+    lengths[:2] = [3, 0]
+    assert cache.lengths.tolist() == lengths
+    for _ in range(len(ids) - max(lengths)):
+        close(model, cache.decode([ids[n] for n in lengths]), expected[lengths])
+        lengths = [n + 1 for n in lengths]
+    assert cache.lengths.tolist() == lengths
+
+
+def test_replay_where_chunks_cannot_be_appended_gives_the_same(model, text):
+    """DirectML's way, run on the CPU: all tokens again from position 0."""
+    ids, expected = text
+    model.appends = False
+    try:
+        for batch in (1, 3):
+            cache = model.new_cache(batch)
+            row = batch - 1
+            close(model, cache.append(row, ids[:4], all_logits=True), expected[:4])
+            close(model, cache.decode([ids[4]] * batch)[row], expected[4])
+            cache.truncate(row, 3)
+            close(model, cache.append(row, ids[3:11], all_logits=True), expected[3:11])
+            close(model, cache.append(row, ids[11:12]), expected[11:12])
+            close(model, cache.decode([ids[12]] * batch)[row], expected[12])
+            assert cache.lengths[row] == 13
+            cache.reset()
+            rows = [ids[: 2 + i] for i in range(batch)]
+            cache.prefill(rows)
+            close(model, cache.append(0, ids[2:8]), expected[7:8])
+            follow = [ids[8], ids[3], ids[4]][:batch]
+            close(model, cache.decode(follow), expected[[8, 3, 4][:batch]])
+    finally:
+        model.appends = True
+
+
+def test_caches_of_one_session_do_not_touch_each_other(model, text):
+    ids, expected = text
+    one, other = model.new_cache(), model.new_cache(2, capacity=8)
+    for position in range(8):
+        close(model, one.decode([ids[position]])[0], expected[position])
+        close(model, other.decode([ids[position], 0])[0], expected[position])
+
+
+def test_decode_logits_are_one_array_and_prefill_logits_the_callers(fp32):
+    cache = fp32.new_cache()
+    first = cache.prefill([[1, 2, 3]])
+    kept = first.copy()
+    step = cache.decode([4])
+    assert cache.decode([5]) is step
+    assert (first == kept).all()
+
+
+def test_a_full_row_refuses_more(fp32):
+    cache = fp32.new_cache(2, capacity=4)
+    cache.prefill([[1, 2, 3, 4], [1]])
+    before = cache.lengths.tolist()
+    with pytest.raises(ValueError, match="the cache holds 4"):
+        cache.decode([1, 1])
+    with pytest.raises(ValueError, match="the cache holds 4"):
+        cache.append(1, [1, 2, 3, 4])
+    assert cache.lengths.tolist() == before
+    cache.append(1, [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda c: c.prefill([[1]]), "1 rows: the cache has 2"),
+        (lambda c: c.prefill([[1], []]), "row 1 has 0 tokens"),
+        (lambda c: c.prefill([[1], [2] * 9]), "row 1 has 9 tokens"),
+        (lambda c: c.prefill([[1], [-1]]), "token ids -1 to 1"),
+        (lambda c: c.prefill([[1], [10**6]]), "token ids"),
+        (lambda c: c.append(2, [1]), "row 2"),
+        (lambda c: c.append(0, []), "0 tokens"),
+        (lambda c: c.truncate(0, 1), "row 0 holds 0 tokens"),
+    ],
+)
+def test_wrong_calls_say_what_they_are_and_change_nothing(fp32, call, message):
+    cache = fp32.new_cache(2, capacity=8)
+    with pytest.raises(ValueError, match=message):
+        call(cache)
+    assert cache.lengths.tolist() == [0, 0]
+
+
+def test_prefill_needs_an_empty_cache(fp32):
+    cache = fp32.new_cache()
+    cache.prefill([[1]])
+    with pytest.raises(ValueError, match="empty cache"):
+        cache.prefill([[1]])
+
+
+@pytest.mark.parametrize("arguments", [{"batch": 0}, {"capacity": 0}, {"capacity": 10**6}])
+def test_a_cache_of_an_impossible_size_is_refused(fp32, arguments):
+    with pytest.raises(UsageError, match=f"{next(iter(arguments))} is .*expected"):
+        fp32.new_cache(**arguments)
+
+
+def test_a_file_that_is_not_there_or_not_a_model_is_refused(tmp_path):
+    with pytest.raises((ArtefactError, FileNotFoundError)):
+        Session(tmp_path / "none.onnx")
+    (tmp_path / "text.onnx").write_text("not a model")
+    with pytest.raises(ArtefactError):
+        Session(tmp_path / "text.onnx")
+
+
+CPU, CUDA, DML = (session_module.ORT_PROVIDERS[name] for name in ("cpu", "cuda", "directml"))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "target", "available", "chosen", "notices"),
+    [
+        ("auto", "cpu", [CPU], "cpu", 0),
+        ("auto", "cpu", [CUDA, CPU], "cpu", 0),
+        ("auto", "cuda", [CUDA, CPU], "cuda", 0),
+        ("auto", "cuda", [CPU], "cpu", 1),
+        ("auto", "directml", [DML, CPU], "directml", 0),
+        ("auto", "directml", [CUDA, CPU], "cpu", 1),
+        ("cpu", "cpu", [CPU], "cpu", 0),
+        ("cpu", "cuda", [CUDA, CPU], "cpu", 0),
+        ("cuda", "cuda", [CUDA, CPU], "cuda", 0),
+        ("directml", "directml", [DML, CPU], "directml", 0),
+    ],
+)
+def test_provider_choice(wanted, target, available, chosen, notices):
+    provider, said = choose_provider(wanted, target, available)
+    assert (provider, len(said)) == (chosen, notices)
+    assert all("running on cpu" in notice for notice in said)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "target", "available", "parts"),
+    [
+        ("cuda", "cpu", [CUDA, CPU], ["made for cpu", "pico-edge export ckpt.pt --target cuda"]),
+        ("cuda", "cpu", [CPU], ["not in this onnxruntime", "onnxruntime-gpu", "--target cuda"]),
+        ("cuda", "cuda", [CPU], ["not in this onnxruntime", "which has cpu", "onnxruntime-gpu"]),
+        ("cuda", "directml", [CUDA, CPU], ["made for directml", "--target cuda"]),
+        ("directml", "directml", [CPU], ["pip install onnxruntime-directml"]),
+    ],
+)
+def test_a_named_provider_that_cannot_run_is_an_error_with_its_cure(
+    wanted, target, available, parts
+):
+    with pytest.raises(PicoEdgeError) as caught:
+        choose_provider(wanted, target, available)
+    assert caught.value.exit_code == 1
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
+
+
+def test_unknown_providers_and_targets_are_refused():
+    with pytest.raises(UsageError, match="provider is 'tpu': expected auto, cpu, cuda, directml"):
+        choose_provider("tpu", "cpu", [CPU])
+    with pytest.raises(ArtefactError, match="target 'tpu'"):
+        choose_provider("auto", "tpu", [CPU])
+
+
+@pytest.mark.skipif(CUDA in session_module.ort.get_available_providers(), reason="has CUDA")
+def test_a_session_never_moves_to_another_provider(monkeypatch):
+    with pytest.raises(PicoEdgeError, match="provider cuda is not in this onnxruntime"):
+        Session(DATA / "tiny.onnx", provider="cuda")
+    monkeypatch.setenv("PICO_EDGE_PROVIDER", "cuda")
+    with pytest.raises(PicoEdgeError, match="provider cuda is not in this onnxruntime"):
+        Session(DATA / "tiny.onnx")
+    assert Session(DATA / "tiny.onnx", provider="cpu", threads=1).provider == "cpu"
+
+
+def test_two_distributions_of_onnxruntime_are_named_with_the_cure(tmp_path, monkeypatch):
+    for name in ("onnxruntime", "onnxruntime_gpu"):
+        folder = tmp_path / f"{name}-9.9.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 9.9\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert onnxruntime_distributions() == ["onnxruntime", "onnxruntime-gpu"]
+    advice = install_advice("cuda")
+    assert "onnxruntime and onnxruntime-gpu are installed over each other" in advice
+    assert advice.endswith("then pip install onnxruntime-gpu")
+
+
+def test_threads_come_from_the_argument_then_the_variable_then_the_cores(monkeypatch):
+    monkeypatch.delenv("PICO_EDGE_THREADS", raising=False)
+    assert choose_threads("auto") == physical_cores()
+    monkeypatch.setenv("PICO_EDGE_THREADS", "3")
+    assert choose_threads("auto") == 3
+    assert choose_threads(2) == 2
+    assert choose_threads("4") == 4
+    monkeypatch.setenv("PICO_EDGE_THREADS", "many")
+    with pytest.raises(UsageError, match="PICO_EDGE_THREADS is 'many': expected auto or 1 to"):
+        choose_threads("auto")
+
+
+@pytest.mark.parametrize("threads", [0, -1, 10**6, 1.5, True, "", "two", None])
+def test_a_number_of_threads_out_of_range_is_refused(threads):
+    with pytest.raises(UsageError, match=r"threads is .*expected auto or 1 to"):
+        choose_threads(threads)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
+def test_cores_are_those_of_the_affinity():
+    allowed = os.sched_getaffinity(0)
+    assert 1 <= physical_cores() <= len(allowed)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert physical_cores() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)

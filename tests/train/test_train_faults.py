@@ -1,0 +1,401 @@
+"""What can go wrong in training, row by row of the list of faults: exit code, message, what is left."""
+
+import contextlib
+import dataclasses
+import errno
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from pico_edge.cli import main
+from pico_edge.config import GPTConfig
+from pico_edge.errors import DivergedError, PicoEdgeError, UsageError
+from pico_edge.train.checkpoint import load_checkpoint
+from pico_edge.train.lock import run_lock
+from pico_edge.train.loop import train
+from pico_edge.train.model import GPT
+from pico_edge.train.optim import make_optimizers
+from pico_edge.train.report import Reporter
+from pico_edge.train.settings import TrainSettings
+from pico_edge.train.step import Trainer, memory_errors, train_step
+
+SHAPE = "--preset nano --n-layer 1 --n-head 1 --n-embd 16 --block-size 8 --batch-size 2".split()
+FLAGS = [*SHAPE, "--max-iters", "40", "--eval-interval", "20", "--threads", "1"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder with data.txt in it, and the command line standing there."""
+    (tmp_path / "data.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def pico_edge(capsys, *arguments):
+    """Exit code, standard output and error of a command."""
+    with pytest.raises(SystemExit) as done:
+        main([*map(str, arguments)])
+    out, err = capsys.readouterr()
+    return done.value.code or 0, out, err
+
+
+def refused(capsys, code, *arguments):
+    """The one error line of a training command that ends with this code."""
+    found, out, err = pico_edge(capsys, "train", *arguments)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert (found, out, len(errors)) == (code, "", 1), err
+    return errors[0]
+
+
+def leftovers(folder):
+    return [path for path in folder.rglob("*") if ".tmp-" in path.name or ".probe" in path.name]
+
+
+# Row 3
+
+
+def test_signals_give_their_exit_codes_and_the_command_that_continues(folder):
+    code = "from pico_edge.cli import main; main()"
+    command = [sys.executable, "-c", code, "train", "data.txt", *SHAPE, "--threads", "1"]
+    command += ["--max-iters", "1000000", "--eval-interval", "5", "--out"]
+    started = {}
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        started[name] = subprocess.Popen(
+            [*command, f"{name}.pt"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    for name, process in started.items():
+        deadline = time.monotonic() + 120
+        last = folder / f"{name}.run" / "last.pt"
+        while not last.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(getattr(signal, name))
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 128 + getattr(signal, name), err
+        assert out == ""
+        resume = f"pico-edge train data.txt --out {name}.pt --threads 1 --resume"
+        assert err.splitlines()[-1].strip() == resume
+        assert "\r" not in err and "\x1b" not in err
+        assert load_checkpoint(last).iter > 0
+
+
+# Row 4
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """A disk that is full for `last.pt` while disk["full"] is true."""
+    state = {"full": False}
+    opened = set()
+    real_open, real_write = os.open, os.write
+
+    def open_(path, *arguments, **options):
+        fd = real_open(path, *arguments, **options)
+        (opened.add if ".last.pt.tmp" in os.fspath(path) else opened.discard)(fd)
+        return fd
+
+    def write(fd, data):
+        if state["full"] and fd in opened:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real_write(fd, data)
+
+    monkeypatch.setattr(os, "open", open_)
+    monkeypatch.setattr(os, "write", write)
+    return state
+
+
+class DiskReporter(Reporter):
+    """Fills the disk and empties it again when the evaluation of an iteration is printed."""
+
+    def __init__(self, disk, changes):
+        super().__init__(io.StringIO())
+        self.disk, self.changes, self.lines = disk, changes, []
+
+    def say(self, text):
+        self.lines.append(text)
+        for beginning, full in self.changes.items():
+            if text.startswith(beginning):
+                self.disk["full"] = full
+
+
+TINY = TrainSettings(
+    preset="nano",
+    n_layer=1,
+    n_head=1,
+    n_embd=16,
+    block_size=8,
+    batch_size=2,
+    max_iters=40,
+    eval_interval=10,
+    threads=1,
+)
+
+
+def test_a_full_disk_at_a_periodic_save_is_a_warning_and_the_old_state_stays(folder, disk):
+    reporter = DiskReporter(disk, {"iter 20/": True, "iter 40/": False})
+    result = train(["data.txt"], TINY, reporter=reporter)
+    assert result.iter == 40
+    warnings = [line for line in reporter.lines if "No space left" in line]
+    assert len(warnings) == 2 and all("training goes on" in line for line in warnings)
+    assert load_checkpoint("ckpt.run/last.pt").iter == 40
+    assert load_checkpoint("ckpt.run/last.prev.pt").iter == 10
+    assert not leftovers(folder)
+
+
+def test_a_full_disk_at_the_final_save_fails_and_the_state_before_it_stays(folder, disk):
+    with pytest.raises(PicoEdgeError, match=r"last\.pt could not be saved: No space left"):
+        train(["data.txt"], TINY, reporter=DiskReporter(disk, {"iter 40/": True}))
+    assert load_checkpoint("ckpt.run/last.pt").iter == 30
+    assert not leftovers(folder)
+    disk["full"] = False
+    resumed = dataclasses.replace(TINY, resume=True)
+    assert train(["data.txt"], resumed, reporter=DiskReporter(disk, {})).iter == 40
+
+
+def test_too_little_space_is_said_before_the_first_step(folder, monkeypatch):
+    real = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=1000))
+    with pytest.raises(UsageError, match=r"1000 bytes free, .* need \d+"):
+        train(["data.txt"], TINY, reporter=DiskReporter({}, {}))
+
+
+# Row 6
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_work(folder, capsys):
+    (folder / "a file").write_text("")
+    (folder / "a folder.pt").mkdir()
+    read_only = "/proc" if os.path.isdir("/proc") else "/"
+    for out, named in [
+        ("missing/ckpt.pt", "does not exist"),
+        ("a file/ckpt.pt", "is not a folder"),
+        ("a folder.pt", "is a folder"),
+        (f"{read_only}/ckpt.pt", "cannot write"),
+        ("ckpt.run", "ends like a run folder"),
+    ]:
+        assert named in refused(capsys, 2, "data.txt", "--out", out)
+    assert not leftovers(folder)
+
+
+@pytest.mark.parametrize("name", ["with spaces.pt", "模型 😀.pt", "x" * 252 + ".pt", "no-suffix"])
+def test_any_name_works_as_output(name, folder, capsys):
+    code, _, err = pico_edge(capsys, "train", "data.txt", *FLAGS, "--out", name, "--quiet")
+    assert (code, err) == (0, "")
+    assert load_checkpoint(folder / name).iter in (20, 40)
+
+
+# Row 7
+
+
+def test_an_existing_output_is_refused_without_force(folder, capsys):
+    assert pico_edge(capsys, "train", "data.txt", *FLAGS, "--quiet")[0] == 0
+    before = (folder / "ckpt.pt").read_bytes()
+    assert "ckpt.pt exists: add --resume" in refused(capsys, 2, "data.txt", *FLAGS)
+    (folder / "ckpt.pt").rename(folder / "kept.pt")
+    assert "last.pt exists: add --resume" in refused(capsys, 2, "data.txt", *FLAGS)
+    (folder / "kept.pt").rename(folder / "ckpt.pt")
+    assert (folder / "ckpt.pt").read_bytes() == before
+    arguments = ["data.txt", *FLAGS, "--force", "--seed", "5", "--quiet"]
+    assert pico_edge(capsys, "train", *arguments)[0] == 0
+    assert (folder / "ckpt.pt").read_bytes() != before
+    assert len((folder / "ckpt.run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_refused_run_leaves_the_old_one_as_it_was(folder, capsys):
+    assert pico_edge(capsys, "train", "data.txt", *FLAGS, "--quiet")[0] == 0
+    before = {path: path.read_bytes() for path in (folder / "ckpt.run").glob("*.pt")}
+    (folder / "short.txt").write_text("x")
+    refused(capsys, 3, "short.txt", *FLAGS, "--force")
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_second_trainer_is_refused_with_process_and_host(folder, capsys):
+    (folder / "ckpt.run").mkdir()
+    with run_lock(folder / "ckpt.run") as dead:
+        assert dead is None
+        error = refused(capsys, 1, "data.txt", *FLAGS)
+    assert f"process {os.getpid()} on " in error
+    assert pico_edge(capsys, "train", "data.txt", *FLAGS, "--quiet")[0] == 0
+
+
+def test_the_lock_of_a_dead_process_is_taken_over_with_a_notice(folder, capsys):
+    (folder / "ckpt.run").mkdir()
+    holder = '{"pid": 4194303, "host": "elsewhere"}'
+    (folder / "ckpt.run" / "lock").write_text(holder)
+    code, _, err = pico_edge(capsys, "train", "data.txt", *FLAGS)
+    assert code == 0
+    assert "took over from process 4194303 on elsewhere" in err
+    assert (folder / "ckpt.run" / "lock").read_text() == ""
+
+
+# Row 13
+
+
+def test_divergence_exits_4_and_leaves_a_checkpoint_of_finite_weights(folder, capsys):
+    flags = [*SHAPE, "--max-iters", "50", "--eval-interval", "1", "--learning-rate", "1e9"]
+    error = refused(capsys, 4, "data.txt", *flags, "--warmup-iters", "0", "--grad-accum", "2")
+    for named in ("diverged at iteration ", "learning rate", "seed 1337 step", "slots 0-1"):
+        assert named in error
+    for name in ("ckpt.pt", "ckpt.run/last.pt"):
+        weights = load_checkpoint(folder / name).model.values()
+        assert all(tensor.isfinite().all() for tensor in weights)
+    for line in (folder / "ckpt.run" / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line)["iter"] >= 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(bad):
+    config = GPTConfig(block_size=8, vocab_size=32, n_layer=1, n_head=1, n_embd=16)
+    torch.manual_seed(0)
+    model = GPT(config)
+    recipe = TINY.recipe("nano", gpu=False, max_iters=9, tokens_per_epoch=99, block_size=8)
+    optimizers = make_optimizers(model, recipe)
+    trainer = Trainer(
+        model=model,
+        forward=model,
+        optimizers=optimizers,
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        recipe=recipe,
+        tokens=np.arange(99, dtype=np.uint16) % 32,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+    train_step(trainer, 0, 1e-3)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    hook = model.transformer.ln_f.weight.register_hook(lambda grad: grad * bad)
+    with pytest.raises(DivergedError, match="iteration 8: .*gradient norm (nan|inf)"):
+        train_step(trainer, 7, 1e-3)
+    assert all(map(torch.equal, before, model.parameters()))
+    hook.remove()
+    train_step(trainer, 7, 1e-3)
+    assert not any(map(torch.equal, before, model.parameters()))
+
+
+# Row 14
+
+
+@pytest.mark.parametrize(
+    ("flags", "field"),
+    [
+        ("--learning-rate 0", "learning_rate"),
+        ("--lr nan", "learning_rate"),
+        ("--learning-rate -1", "learning_rate"),
+        ("--dropout 1", "dropout"),
+        ("--preset nano --n-embd 100", "n_embd"),
+        ("--n-embd 100", "n_embd"),
+        ("--block-size 0", "block_size"),
+        ("--batch-size 0", "batch_size"),
+        ("--threads 0", "threads"),
+        ("--device cuda --device tpu", "device"),
+    ],
+)
+def test_a_value_out_of_range_names_its_field_and_starts_nothing(flags, field, folder, capsys):
+    error = refused(capsys, 2, "data.txt", *flags.split())
+    assert error.startswith(f"error: {field} ")
+    assert not (folder / "ckpt.pt").exists()
+
+
+# Row 15
+
+
+def test_out_of_memory_names_what_to_make_smaller():
+    recipe = TINY.recipe("nano", gpu=False, max_iters=9, tokens_per_epoch=99, block_size=8)
+    config = GPTConfig(block_size=8, vocab_size=32, n_layer=1, n_head=1, n_embd=16)
+    named = "batch_size 2, block_size 8, grad_accum 1"
+    with pytest.raises(PicoEdgeError, match=named), memory_errors(recipe, config):
+        torch.empty(2**50)
+    with pytest.raises(PicoEdgeError, match=named), memory_errors(recipe, config):
+        np.empty(2**55)
+    with pytest.raises(RuntimeError, match="shape"), memory_errors(recipe, config):
+        torch.zeros(2) + torch.zeros(3)
+
+
+# Row 16
+
+
+@pytest.mark.parametrize(
+    ("content", "flags"),
+    [
+        (b"", ""),
+        (b"x", ""),
+        (b"nine byte", "--block-size 16"),
+        (b"x" * 1000, "--val-data short.txt"),
+    ],
+)
+def test_too_little_data_is_refused_with_tokens_found_and_needed(content, flags, folder, capsys):
+    (folder / "data.txt").write_bytes(content)
+    (folder / "short.txt").write_bytes(b"x")
+    error = refused(capsys, 3, "data.txt", *FLAGS, *flags.split())
+    assert any(character.isdigit() for character in error) or "empty" in error
+    assert not (folder / "ckpt.pt").exists()
+
+
+def test_missing_data_is_refused_and_nothing_is_made(folder, capsys):
+    assert "nothing.txt" in refused(capsys, 3, "nothing.txt")
+    assert [path.name for path in folder.iterdir()] == ["data.txt"]
+
+
+# Row 19
+
+
+def test_changed_data_is_refused_at_a_resume(folder, capsys):
+    assert pico_edge(capsys, "train", "data.txt", *FLAGS, "--quiet")[0] == 0
+    with (folder / "data.txt").open("a") as file:
+        file.write("more")
+    assert "--init-from" in refused(capsys, 3, "data.txt", "--resume")
+
+
+# Rows 8 and 22
+
+
+def test_leftovers_go_and_the_state_before_is_used_when_the_last_is_gone_or_damaged(folder, capsys):
+    assert pico_edge(capsys, "train", "data.txt", *FLAGS, "--quiet")[0] == 0
+    last, previous = folder / "ckpt.run" / "last.pt", folder / "ckpt.run" / "last.prev.pt"
+    whole = last.read_bytes()
+    (folder / ".ckpt.pt.tmp-4194303").write_bytes(b"half")
+    (folder / "ckpt.run" / ".last.pt.tmp-4194303").write_bytes(b"half")
+    (folder / "ckpt.run" / ".last.prev.pt.tmp-4194303").write_bytes(b"half")
+    for damage in (None, whole[:1000]):
+        last.unlink()
+        if damage is not None:
+            last.write_bytes(damage)
+        os.utime(previous, (0, 0))  # a clock set back decides nothing
+        code, _, err = pico_edge(capsys, "train", "data.txt", "--resume", "--threads", "1")
+        assert code == 0
+        assert "WARNING" in err and "iteration 20" in err
+        assert not leftovers(folder)
+        assert load_checkpoint(last).iter == 40
+        assert load_checkpoint(last).model.keys() == load_checkpoint(previous).model.keys()
+        with contextlib.suppress(FileNotFoundError):
+            previous.unlink()
+        pico_edge(capsys, "train", "data.txt", *FLAGS, "--force", "--quiet")
+
+
+def test_nothing_to_resume_is_said(folder, capsys):
+    assert "nothing to resume" in refused(capsys, 3, "data.txt", "--resume")
+
+
+# Streams
+
+
+def test_json_is_one_document_and_quiet_is_silent(folder, capsys):
+    code, out, err = pico_edge(capsys, "train", "data.txt", *FLAGS, "--json", "--quiet")
+    assert (code, err) == (0, "")
+    values = json.loads(out)
+    assert values["file"] == "ckpt.pt" and values["iter"] == 40
+    assert values["val_loss"] > 0
+
+
+def test_a_run_ends_with_the_next_command(folder, capsys):
+    code, out, err = pico_edge(capsys, "train", "data.txt", *FLAGS)
+    assert (code, out) == (0, "")
+    assert err.splitlines()[-1] == "next: pico-edge export ckpt.pt --quantize"
+    assert "\r" not in err

@@ -1,0 +1,228 @@
+"""Going on with a run as if it had never stopped: what `last.pt` holds beside the weights, and back.
+
+On the machine, torch build, device, thread count and world size of the first run the weights become
+bitwise those of an uninterrupted one; otherwise they are statistically equivalent, and `differences`
+says why. Knows nothing of steps or evaluation.
+
+Try: `load_resumable(run_paths("ckpt.pt"), Reporter())`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pico_edge.config import GPTConfig
+from pico_edge.errors import ArtefactError, UsageError
+from pico_edge.tokenizer import Tokenizer
+from pico_edge.train.checkpoint import Checkpoint, load_checkpoint
+from pico_edge.train.folder import RunPaths
+from pico_edge.train.optim import load_optimizer_states, optimizer_states
+from pico_edge.train.report import Reporter
+from pico_edge.train.settings import ARCHITECTURE, Recipe, TrainSettings
+from pico_edge.train.step import Trainer
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is; plain values, stored in `last.pt`. iter: updates made. Losses in nats/token.
+
+    train_loss_sum and train_loss_count: over the steps since the last evaluation. samples_bytes: size of
+    `samples.txt`. finished: why nothing is left to do, "max_iters" or "patience".
+    """
+
+    iter: int = 0
+    elapsed_s: float = 0.0
+    best_iter: int | None = None
+    best_val_loss: float | None = None
+    best_val_bits_per_byte: float | None = None
+    evaluations_since_best: int = 0
+    train_loss_sum: float = 0.0
+    train_loss_count: int = 0
+    samples_bytes: int = 0
+    finished: str | None = None
+
+
+def environment(trainer: Trainer, *, compiled: bool) -> dict[str, str | int | bool]:
+    """What decides, beside data and recipe, which bits the weights get."""
+    device = trainer.device
+    cuda = device.type == "cuda"
+    return {
+        "machine": platform.machine(),
+        "processor": torch.cuda.get_device_name(device) if cuda else _cpu_capability(),
+        "torch": str(torch.__version__),  # a class of its own, which no checkpoint takes
+        "device": device.type,
+        "dtype": str(trainer.dtype),
+        "compile": compiled,
+        "threads": torch.get_num_threads(),
+        "world_size": trainer.world_size,
+    }
+
+
+def resume_values(trainer: Trainer, progress: Progress, *, compiled: bool) -> dict[str, Any]:
+    """The part of `last.pt` that only a resume needs: tensors and plain values."""
+    return {
+        "recipe": trainer.recipe.to_dict(),
+        "progress": dataclasses.asdict(progress),
+        "optimizers": optimizer_states(trainer.optimizers),
+        "scaler": trainer.scaler.state_dict(),
+        "random": _random_states(trainer.device),
+        "environment": environment(trainer, compiled=compiled),
+        "world_size": trainer.world_size,
+        "tokens_per_iter": trainer.tokens_per_iter,
+    }
+
+
+def load_resumable(paths: RunPaths, reporter: Reporter) -> Checkpoint:
+    """`last.pt`, or, where it is missing or damaged, `last.prev.pt`, said loudly; hold the lock.
+
+    Raises ArtefactError when neither can be read.
+    """
+    try:
+        return _load(paths.last)
+    except ArtefactError as error:
+        if not paths.previous.exists():
+            raise
+        reporter.say(f"WARNING: {error}")
+    checkpoint = _load(paths.previous)
+    if paths.last.exists():
+        # Or the next save would keep the damaged file as the one before, in place of the whole one.
+        os.replace(paths.last, paths.damaged)
+        reporter.say(f"WARNING: the damaged file is now {paths.damaged}")
+    reporter.say(
+        f"WARNING: continuing from {paths.previous}, iteration {checkpoint.iter}, the state before"
+    )
+    return checkpoint
+
+
+def _load(path: Path) -> Checkpoint:
+    if not path.exists():
+        raise ArtefactError(f"{path} does not exist: nothing to resume; train without --resume")
+    checkpoint = load_checkpoint(path)
+    if checkpoint.resume is None:
+        raise ArtefactError(f"{path} has no optimizer state: --init-from can train on from it")
+    return checkpoint
+
+
+def stored_recipe(checkpoint: Checkpoint) -> Recipe:
+    """The recipe in force. Raises ArtefactError."""
+    return Recipe.from_dict((checkpoint.resume or {}).get("recipe"))
+
+
+def check_flags(checkpoint: Checkpoint, settings: TrainSettings, reporter: Reporter) -> Recipe:
+    """The recipe of a resumed run; flags repeat it or are refused, by UsageError.
+
+    Another split of the same number of windows into batch_size and grad_accum is accepted, and said.
+    """
+    recipe = stored_recipe(checkpoint)
+    check_shape_flags(checkpoint.config, checkpoint.tokenizer, settings)
+    split = {
+        name: getattr(settings, name) or getattr(recipe, name)
+        for name in ("batch_size", "grad_accum")
+    }
+    changed = dataclasses.replace(recipe, **split)
+    if changed != recipe:
+        windows = recipe.batch_size * recipe.grad_accum
+        if changed.batch_size * changed.grad_accum != windows:
+            raise UsageError(
+                f"batch_size {changed.batch_size} x grad_accum {changed.grad_accum} is not the "
+                f"{recipe.batch_size} x {recipe.grad_accum} windows per step of the run: keep the "
+                "product, or start anew with --init-from"
+            )
+        reporter.say(
+            f"batch_size {recipe.batch_size} -> {changed.batch_size}, grad_accum "
+            f"{recipe.grad_accum} -> {changed.grad_accum}: the same windows per step, other batches: "
+            "statistically equivalent to an uninterrupted run"
+        )
+    for field in dataclasses.fields(Recipe):
+        asked = getattr(settings, field.name, None)
+        if field.name == "seed" and asked == TrainSettings.seed:
+            continue  # not told from the default
+        if asked is not None and asked != getattr(changed, field.name):
+            raise UsageError(
+                f"{field.name} is {asked}, the run to resume has {getattr(changed, field.name)}: "
+                "leave the flag out, or start anew with --init-from"
+            )
+    if settings.minutes is not None:
+        reporter.say(
+            f"minutes: the {recipe.max_iters} iterations laid out at the start stay in force"
+        )
+    return changed
+
+
+def check_shape_flags(config: GPTConfig, tokenizer: Tokenizer, settings: TrainSettings) -> None:
+    """Refuse flags that ask for another model than the one loaded, by UsageError."""
+    wanted = {name: getattr(settings, name) for name in ARCHITECTURE}
+    if settings.preset is not None:
+        shape = settings.model_config(settings.preset, vocab_size=config.vocab_size)
+        wanted = {name: getattr(shape, name) for name in ARCHITECTURE}
+    for name, value in wanted.items():
+        if value is not None and value != getattr(config, name):
+            raise UsageError(
+                f"{name} is {value}, the checkpoint has {getattr(config, name)}: leave the flag out"
+            )
+    if settings.tokenizer is not None:
+        kind = "simple" if settings.tokenizer == "simple" else "bpe"
+        if kind != tokenizer.kind:
+            raise UsageError(
+                f"tokenizer is {settings.tokenizer!r}, the checkpoint has {tokenizer.kind!r}: "
+                "leave the flag out"
+            )
+
+
+def restore(checkpoint: Checkpoint, trainer: Trainer) -> Progress:
+    """Put optimizers, loss scale and random states back, the random states last; returns the progress.
+
+    Raises ArtefactError when the stored state does not fit this model.
+    """
+    values = checkpoint.resume or {}
+    try:
+        load_optimizer_states(trainer.optimizers, values["optimizers"])
+        trainer.scaler.load_state_dict(values["scaler"])
+        progress = Progress(**values["progress"])
+        _restore_random_states(values["random"], trainer.device)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ArtefactError(f"the resumable state does not fit its model: {error}") from error
+    if progress.iter != checkpoint.iter:
+        raise ArtefactError(
+            f"the resumable state is of iteration {progress.iter}, the weights of {checkpoint.iter}"
+        )
+    return progress
+
+
+def differences(checkpoint: Checkpoint, trainer: Trainer, *, compiled: bool) -> Sequence[str]:
+    """What is not as it was, such as "threads 2 -> 1"; empty where the resume is bitwise exact."""
+    before = (checkpoint.resume or {}).get("environment", {})
+    now = environment(trainer, compiled=compiled)
+    changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
+    if trainer.device.type != "cpu":
+        changed.append(f"{trainer.device.type} kernels that add up in varying order")
+    return changed
+
+
+def _cpu_capability() -> str:
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def _restore_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    # A run that changed its device starts the generator of the new one afresh, from the seed.
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+    if device.type == "mps" and "mps" in states:
+        torch.mps.set_rng_state(states["mps"])
+    torch.set_rng_state(states["cpu"])
