@@ -146,7 +146,7 @@ def _matrix(node: ir.Node) -> FloatArray:
 
 def _array(value: ir.Value) -> FloatArray:
     assert value.const_value is not None
-    return value.const_value.numpy()  # type: ignore[no-any-return]
+    return value.const_value.numpy()
 
 
 def _initializer(graph: ir.Graph, name: str, array: npt.NDArray[np.generic]) -> ir.Value:

@@ -1,8 +1,8 @@
-"""Publish a file whole or not at all: written under a temporary name, flushed, renamed when complete.
+"""Publish a file whole or not at all: written under a temporary name, flushed, then renamed.
 
 Used for every file that pico-edge leaves behind. Knows nothing of what is in them.
-Touches the system through os.open, write, fsync, close, link, replace and unlink, and nothing else, so
-that a test can make the N-th of these fail (`tests/core/test_publish.py`).
+Changes things through os.open, write, fsync, close, link, replace and unlink alone, so that a test
+can make the N-th of these fail (`tests/core/test_publish.py`).
 
 Try: `publish(path, lambda file: file.write(b"all of it"))`.
 """
@@ -19,7 +19,7 @@ from typing import Protocol
 
 from pico_edge.errors import UsageError
 
-# Errors that may pass by themselves (a network disk, a quota being raised): tried again with a pause.
+# Errors that may pass by themselves (a network disk, a quota being raised): tried again.
 TRANSIENT = frozenset({errno.EIO, errno.EAGAIN, errno.EINTR, errno.EDQUOT, errno.ETIMEDOUT})
 PAUSES_S = (0.1, 0.5)
 # What fsync of a folder says on file systems that have no such thing.
@@ -69,11 +69,11 @@ def publish(
     *,
     previous: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Write a file so that at every instant its name holds the old content or the new, never a part.
+    """Write a file so that at every instant its name holds the old content or the new, whole.
 
     write: called with the open file, and called again from the start if a transient error passes.
     previous: name under which the file that is replaced stays available.
-    Raises the OSError that stopped it; then the old file is as it was, or, where only the last flush of
+    Raises the OSError that stopped it; then the old file is as it was, or, where only the flush of
     the folder failed, the new one is in place; no temporary file is left.
     """
     path = Path(path)
@@ -121,13 +121,13 @@ def _replace(path: Path, write: Callable[[Writable], object], previous: Path | N
 
 def temporary_name(path: Path) -> Path:
     """Where `publish` of this process writes before the rename: hidden, beside the file."""
-    # A name of 255 bytes, the limit of most file systems, must still work: the temporary one is short.
+    # A name of 255 bytes, the limit of most file systems, works: the temporary one is shorter.
     stem = path.name if len(os.fsencode(path.name)) <= 200 else path.name[:40]
     return path.with_name(f".{stem}.tmp-{os.getpid()}")
 
 
 def remove_stale(path: str | os.PathLike[str]) -> list[Path]:
-    """Delete what killed processes left of a file; the caller makes sure that no other one writes it."""
+    """Delete what killed processes left of a file; that no live one writes it is for the caller."""
     path = Path(path)
     prefix = temporary_name(path).name.rpartition("-")[0] + "-"
     stale = [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]

@@ -82,8 +82,9 @@ def compare(session: Session, reference: Session, ids: Sequence[int]) -> Compari
 
 def log_softmax(logits: FloatArray) -> Float64Array:
     """Natural-log probabilities (N, V) in float64."""
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    shifted: Float64Array = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return shifted
 
 
 def _nll(log_p: Float64Array, targets: npt.NDArray[np.int64]) -> float:

@@ -10,6 +10,8 @@ Try: `uniform(seed=1, position=5)`.
 
 from __future__ import annotations
 
+import functools
+
 MULTIPLIERS = 0xD2E7470EE14C6C93, 0xCA5A826395121157
 KEY_STEPS = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B  # golden ratio, sqrt(3) - 1
 ROUNDS = 10
@@ -25,14 +27,17 @@ def philox4x64(counter: Words, key: tuple[int, int]) -> Words:
     np.random.Philox(counter=counter - 1, key=key), the counter being one number of 256 bits.
     """
     a, b, c, d = counter
-    k0, k1 = key
     m0, m1 = MULTIPLIERS
-    w0, w1 = KEY_STEPS
-    for _ in range(ROUNDS):
+    for k0, k1 in _round_keys(key):
         x, y = m0 * a, m1 * c
         a, b, c, d = (y >> 64) ^ b ^ k0, y & MASK, (x >> 64) ^ d ^ k1, x & MASK
-        k0, k1 = (k0 + w0) & MASK, (k1 + w1) & MASK
     return a, b, c, d
+
+
+@functools.lru_cache(maxsize=16)
+def _round_keys(key: tuple[int, int]) -> list[tuple[int, int]]:
+    (k0, k1), (w0, w1) = key, KEY_STEPS
+    return [((k0 + i * w0) & MASK, (k1 + i * w1) & MASK) for i in range(ROUNDS)]
 
 
 def uniform(seed: int, position: int, sample: int = 0) -> float:

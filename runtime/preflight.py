@@ -103,7 +103,7 @@ def read_model_file(path: str | os.PathLike[str], *, allow_foreign: bool = False
     Raises ArtefactError, one line, for a file that is refused, OSError if it cannot be read.
     """
     path = Path(path)
-    if False:  # opening a pipe would wait for its writer
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its writer
         raise ArtefactError(f"{path}: not a regular file: expected an ONNX model")
     if path.suffix.lower() == ".ort":  # onnxruntime chooses its other format by this ending
         raise ArtefactError(f"{path}: ends in .ort: expected an ONNX model, rename it to .onnx")

@@ -103,21 +103,15 @@ class Session:
         self._config = model_file.config
         wanted = os.environ.get(PROVIDER_ENV) or "auto" if provider == "auto" else provider
         self.provider, self.notices = choose_provider(
-            wanted, self.export["target"], ort.get_available_providers(), file=self.path.name
+            wanted, self.export.get("target"), ort.get_available_providers(), file=self.path.name
         )
         self.device = ORT_DEVICES[self.provider]
         self.ort = _load(self.path, self.provider, self.threads)
         check_unchanged(model_file)
         # DirectML's GroupQueryAttention takes the past for empty when S > 1: wrong text, no error.
         self.appends = self.provider != "directml"
-        types = {
-            value.name: value.type for value in (*self.ort.get_inputs(), *self.ort.get_outputs())
-        }
-        cache_type = types.get("past_key_values.0.key", "tensor(float)")
-        self.cache_dtype: np.dtype[Any] = np.dtype(DTYPES[cache_type])
-        self.logits_dtype: np.dtype[Any] = np.dtype(
-            DTYPES[types.get(artefact.LOGITS, "tensor(float)")]
-        )
+        self.cache_dtype = self._dtype(artefact.past_names(1)[0])
+        self.logits_dtype = self._dtype(artefact.LOGITS)
 
     @property
     def config(self) -> GPTConfig:
@@ -135,6 +129,14 @@ class Session:
         if artefact.TOKENIZER_KEY not in self.metadata:
             raise ArtefactError(f"{self.path}: not a file of pico-edge, it has no tokenizer")
         return tokenizer_from_dict(self.metadata[artefact.TOKENIZER_KEY])
+
+    def _dtype(self, name: str) -> np.dtype[Any]:
+        """Element type of an input or output; float32 where a foreign file has no such name."""
+        values = (*self.ort.get_inputs(), *self.ort.get_outputs())
+        found = next((value.type for value in values if value.name == name), "tensor(float)")
+        if found not in DTYPES:
+            raise ArtefactError(f"{self.path}: {name} is {found}: expected {', '.join(DTYPES)}")
+        return np.dtype(DTYPES[found])
 
     def new_cache(self, batch: int = 1, capacity: int | None = None) -> Cache:
         """An empty cache of `batch` rows of up to `capacity` tokens each, block_size by default."""
@@ -181,13 +183,14 @@ class Cache:
         self._batch_binding: Any = None
 
         # The inputs of `decode`, one token per row, written in place at every step.
-        self._ids = np.zeros((batch, 1), np.int64)
-        self._positions = np.zeros((batch, 1), np.int64)
-        self._seqlens = np.zeros(batch, np.int32)
+        self._ids = np.zeros(batch, np.int64)
+        self._positions = np.zeros(batch, np.int64)
         self._total = np.zeros((), np.int32)
         self._logits: FloatArray = np.zeros((batch, config.vocab_size), session.logits_dtype)
+        # Length minus one after the step is the length before it: `lengths` is the input itself.
+        rows = np.arange(batch, dtype=np.int64)
         self._decode_inputs = _small_inputs(
-            self._ids, self._positions, self._seqlens, self._total, np.arange(batch, dtype=np.int64)
+            self._ids[:, None], self._positions[:, None], self.lengths, self._total, rows
         )
         self._decode_output = ort.OrtValue.ortvalue_from_numpy(self._logits)
         self._decode_binding: Any = None
@@ -249,9 +252,8 @@ class Cache:
         if longest >= self.capacity:
             # onnxruntime would grow the output, or fail, by the kernel it chose.
             raise ValueError(f"{longest} + 1 tokens: the cache holds {self.capacity}")
-        self._ids[:, 0] = token_ids
-        self._positions[:, 0] = self.lengths
-        self._seqlens[:] = self.lengths
+        self._ids[:] = token_ids
+        self._positions[:] = self.lengths
         self._total[()] = longest + 1
         binding = self._decode_binding
         if binding is None:
@@ -367,7 +369,7 @@ class Cache:
 
 
 def choose_provider(
-    wanted: str, target: str, available: Sequence[str], *, file: str = "the file"
+    wanted: str, target: object, available: Sequence[str], *, file: str = "the file"
 ) -> tuple[str, list[str]]:
     """The provider that runs a file, and notices for the user; a pure function.
 
@@ -378,7 +380,7 @@ def choose_provider(
     """
     if wanted != "auto" and wanted not in ORT_PROVIDERS:
         raise UsageError(f"provider is {wanted!r}: expected auto, {', '.join(ORT_PROVIDERS)}")
-    if target not in artefact.TARGET_PROVIDERS:
+    if not isinstance(target, str) or target not in artefact.TARGET_PROVIDERS:
         raise ArtefactError(
             f"{file} is made for target {target!r}: this pico-edge knows "
             f"{', '.join(artefact.TARGET_PROVIDERS)}: upgrade pico-edge or export again"

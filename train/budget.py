@@ -46,8 +46,9 @@ def lay_schedule(
 ) -> Recipe:
     """The recipe of as many iterations as fit into the time left, evaluations and saves included.
 
-    recipe_for: the recipe for a number of iterations. sample: what an evaluation does to show a text.
-    left_s: asked after measuring. Leaves the weights as they were and the optimizers to be made anew.
+    recipe_for: the recipe for a number of iterations. sample: what an evaluation does to show a
+    text. left_s: asked after measuring. Leaves the weights as they were and the optimizers to be
+    made anew.
     """
     recipe = trainer.recipe
     with memory_errors(recipe, trainer.model.config):
@@ -64,7 +65,7 @@ def lay_schedule(
 
 
 def measure(trainer: Trainer, data: TokenData, sample: Callable[[], object]) -> Speed:
-    """Run some steps at learning rate 0, which changes no weight, two evaluation batches, a sample."""
+    """Time steps at learning rate 0, which change no weight, two evaluation batches, a sample."""
     recipe = trainer.recipe
     trainer.optimizers = make_optimizers(trainer.model, recipe)
     for step in range(WARM_UP_STEPS):

@@ -370,8 +370,8 @@ def choose_tokenizer(
     """The tokenizer of a kind: "simple", "bpe" (trained on the files but for their tail), "gpt2".
 
     vocab_size: for bpe, `<|endoftext|>` counted; None takes the one for the size of the text.
-    ranks: for gpt2, a file instead of tiktoken's download. val_fraction: of the text, held out at its end
-    and so not trained on here either; 0 where the validation text is another file.
+    ranks: for gpt2, a file instead of tiktoken's download. val_fraction: of the text, held out at
+    its end and so not trained on here either; 0 where the validation text is another file.
     """
     if kind == "simple":
         return SimpleTokenizer()

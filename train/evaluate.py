@@ -26,7 +26,7 @@ SAMPLE_TOKENS = 64
 
 @torch.no_grad()
 def evaluate(trainer: Trainer, data: TokenData) -> float:
-    """Mean loss of the held-out tokens in nats per token: of all, or of eval_iters batches of many."""
+    """Mean held-out loss, nats per token: of all tokens, or of eval_iters batches of many."""
     model = trainer.model
     total = torch.zeros((), dtype=torch.float64)
     count = 0

@@ -34,7 +34,7 @@ class RunPaths:
 
 
 def run_paths(out: str | os.PathLike[str]) -> RunPaths:
-    """The paths of a run by the name of its best model. Example: "a/ckpt.pt" -> folder a/ckpt.run."""
+    """The paths of a run by the name of its best model. Example: a/ckpt.pt -> folder a/ckpt.run."""
     out = Path(out)
     suffix = ".run"
     stem = os.fsencode(out.stem)[: MAX_NAME_BYTES - len(suffix)].decode("utf-8", "ignore")
@@ -52,7 +52,7 @@ def run_paths(out: str | os.PathLike[str]) -> RunPaths:
 
 
 def open_folder(paths: RunPaths, *, resume: bool, force: bool) -> None:
-    """Make the run folder. Raises UsageError, before any work, when a file cannot be written there."""
+    """Make the run folder. Raises UsageError, before any work, when nothing can be written."""
     if paths.out.suffix == ".run":
         raise UsageError(f"{paths.out}: the name ends like a run folder: choose another --out")
     publish.check_output(paths.out, force=True)
@@ -88,7 +88,7 @@ def remove_leftovers(paths: RunPaths) -> list[Path]:
 
 
 def clear_old_run(paths: RunPaths) -> None:
-    """Delete the resumable state and the records of an earlier run; its best model stays until beaten."""
+    """Delete state and records of an earlier run; its best model stays until the first new one."""
     records = (paths.metrics, paths.samples, paths.image)
     for path in (paths.last, paths.previous, paths.damaged, *records):
         path.unlink(missing_ok=True)
@@ -97,8 +97,8 @@ def clear_old_run(paths: RunPaths) -> None:
 def check_space(paths: RunPaths, n_parameters: int) -> None:
     """Refuse a disk too small for the checkpoints of a run. Raises UsageError, with both numbers.
 
-    In float32, weights and the optimizer's two moments: three resumable files while one is replaced,
-    and the best model twice.
+    In float32, weights and the optimizer's two moments: three resumable files while one is
+    replaced, and the best model twice.
     """
     needed = n_parameters * 4 * (3 * 3 + 2)
     old = sum(path.stat().st_size for path in (paths.last, paths.previous) if path.exists())

@@ -1,7 +1,7 @@
 """One trainer to a run folder: an operating-system lock that dies with its process.
 
-The file beside the lock's content names the holder, so that a second trainer can say who runs. The lock
-itself is the kernel's: a killed process leaves its name behind, never its lock.
+The file beside the lock's content names the holder, so that a second trainer can say who runs. The
+lock itself is the kernel's: a killed process leaves its name behind, never its lock.
 
 Try: `with run_lock(folder): ...`.
 """

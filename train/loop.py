@@ -1,4 +1,4 @@
-"""Training: steps, evaluation, checkpoints, until the schedule is over, nothing improves or a signal asks.
+"""Training: steps, evaluations, checkpoints, until the schedule ends or a signal asks.
 
 A run can be killed at any instant and resumed to the same weights: what is random depends on (seed,
 step, slot) or is restored, and what is on disk is whole. Knows nothing of the command line.
@@ -52,7 +52,8 @@ from pico_edge.train.setup import Path_, Run, set_up
 from pico_edge.train.signals import StopRequest, stop_requests
 from pico_edge.train.step import StepResult, divergence, memory_errors, train_step
 
-# Besides every evaluation: what a power cut may cost at most, in a run whose evaluations are far apart.
+# Besides every evaluation: what a power cut may cost at most, in a run whose evaluations are far
+# apart.
 SAVE_EVERY_S = 300.0
 
 
@@ -65,9 +66,10 @@ def train(
 ) -> TrainResult:
     """Train a model on text files and leave it in `settings.out`, its run folder beside it.
 
-    data: files, folders, globs. started: time.perf_counter() at the start of the process, from which
-    minutes and elapsed_s count. Raises UsageError, ArtefactError (data or checkpoint refused),
-    DivergedError, or PicoEdgeError (device missing, folder in use, out of memory, disk full at the end).
+    data: files, folders, globs. started: time.perf_counter() at the start of the process, from
+    which minutes and elapsed_s count. Raises UsageError, ArtefactError (data or checkpoint
+    refused), DivergedError, or PicoEdgeError (device missing, folder in use, out of memory, disk
+    full at the end).
     """
     started = time.perf_counter() if started is None else started
     reporter = Reporter() if reporter is None else reporter
@@ -99,7 +101,7 @@ def train(
 
 
 class _Loop:
-    """The loop over steps and what it remembers between them. epoch: perf_counter at elapsed_s 0."""
+    """The loop and what it remembers between steps. epoch: perf_counter at elapsed_s 0."""
 
     def __init__(self, run: Run, reporter: Reporter, epoch: float) -> None:
         self.run = run
@@ -151,7 +153,7 @@ class _Loop:
         )
 
     def _evaluate(self, *, final: bool) -> None:
-        """Measure the held-out loss, note it, keep the model if it is the best, save the last one."""
+        """Measure the held-out loss, note it, keep the model if it is the best, save the state."""
         run, progress, recipe = self.run, self.run.progress, self.run.trainer.recipe
         val_loss = evaluate(run.trainer, run.data)
         if not math.isfinite(val_loss):
@@ -245,7 +247,7 @@ class _Loop:
 
     @contextlib.contextmanager
     def _disk(self, path: Path, *, final: bool) -> Iterator[None]:
-        """A write that fails is a warning while there will be another one, else the end of the run."""
+        """A write that fails is a warning while another one will come, else the end of the run."""
         try:
             yield
         except OSError as error:

@@ -1,7 +1,8 @@
 """The GPT of pico-edge in PyTorch: the readable reference that every other path is held to.
 
-Does not know about tokenizers, files or ONNX. Weight names and initialisation are those of GPT-2 and
-nanoGPT. Shapes: B batch, T new tokens, P cached tokens, C n_embd, H n_head, D head_dim, V vocab_size.
+Does not know about tokenizers, files or ONNX. Weight names and initialisation are those of GPT-2
+and nanoGPT. Shapes: B batch, T new tokens, P cached tokens, C n_embd, H n_head, D head_dim, V
+vocab_size.
 
 Try: `GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=272))`.
 """
@@ -46,7 +47,8 @@ class CausalSelfAttention(nn.Module):
             k = torch.cat((past.key, k), dim=2)  # (B, H, P+T, D)
             v = torch.cat((past.value, v), dim=2)  # (B, H, P+T, D)
         P = k.size(2) - T
-        # is_causal alone would align the mask at the first key; with a past it must end at the last one.
+        # is_causal alone would align the mask at the first key; with a past it must end at the last
+        # one.
         mask = None
         if P and T > 1:
             mask = torch.ones(T, P + T, dtype=torch.bool, device=x.device).tril(P)
@@ -74,7 +76,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.c_fc(x), approximate="tanh" if self.gelu == "tanh" else "none")
-        return self.dropout(self.c_proj(x))
+        x = self.dropout(self.c_proj(x))
+        return x
 
 
 class Block(nn.Module):
@@ -94,25 +97,29 @@ class Block(nn.Module):
         return x, present
 
 
+class Transformer(nn.Module):
+    """The layers between tokens and logits, named as in GPT-2's checkpoints."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+
+
 class GPT(nn.Module):
-    """Decoder-only transformer with learned positions and an output head tied to the token table."""
+    """Decoder-only transformer: learned positions, output head tied to the token table."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.vocab_size, config.n_embd),
-                wpe=nn.Embedding(config.block_size, config.n_embd),
-                drop=nn.Dropout(config.dropout),
-                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
-            )
-        )
+        self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight
         self.apply(self._init_weights)
-        # GPT-2: the projections that write into the residual stream shrink with its number of writers.
+        # GPT-2: what writes into the residual stream starts smaller the more writers there are.
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -153,9 +160,10 @@ class GPT(nn.Module):
     def _hidden(self, idx: Tensor, past: list[KV] | None) -> tuple[Tensor, list[KV]]:
         T = idx.size(1)
         P = 0 if past is None else past[0].key.size(2)
-        if P + T > self.config.block_size:
-            raise ValueError(f"{P + T} positions: the model has {self.config.block_size}")
-        positions = torch.arange(P, P + T, device=idx.device)
+        end = P + T
+        if end > self.config.block_size:
+            raise ValueError(f"{end} positions: the model has {self.config.block_size}")
+        positions = torch.arange(P, end, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C)
         x = self.transformer.drop(x)
         present = []
@@ -178,8 +186,8 @@ class GPT(nn.Module):
         """The reference sampler: temperature, top-k, multinomial, the whole window at each step.
 
         idx: (B, T) int64. temperature 0 takes the most likely token. n_vocab: tokens that may be
-        drawn, where vocab_size is padded. Past block_size the window is its newest block_size tokens.
-        Returns (B, T + max_new_tokens). Slow on purpose: no cache, nothing to get wrong.
+        drawn, where vocab_size is padded. Past block_size the window is its newest block_size
+        tokens. Returns (B, T + max_new_tokens). Slow on purpose: no cache, nothing to get wrong.
         """
         was_training = self.training
         self.eval()

@@ -1,7 +1,7 @@
 """Optimizers and the learning-rate schedule.
 
-Matrices decay, vectors (biases, LayerNorm) do not. AdamW for everything, or Muon for the matrices inside
-the blocks and AdamW for the rest. Knows nothing of data, losses or checkpoints.
+Matrices decay, vectors (biases, LayerNorm) do not. AdamW for everything, or Muon for the matrices
+inside the blocks and AdamW for the rest. Knows nothing of data, losses or checkpoints.
 
 Try: `learning_rate(0, peak=1e-3, min_lr=1e-4, warmup_iters=100, max_iters=2000)` -> 1e-05.
 """
@@ -21,7 +21,7 @@ from pico_edge.train.settings import Recipe
 def learning_rate(
     step: int, *, peak: float, min_lr: float, warmup_iters: int, max_iters: int
 ) -> float:
-    """Rate of the update that makes step into step + 1: a linear rise, then a half cosine to min_lr.
+    """Rate of the update that ends step `step`: a linear rise, then half a cosine to min_lr.
 
     The first of warmup_iters updates has peak / warmup_iters, the last of max_iters has min_lr.
     """
@@ -70,7 +70,7 @@ def set_learning_rate(optimizers: Sequence[torch.optim.Optimizer], rate: float) 
 
 
 def optimizer_states(optimizers: Sequence[torch.optim.Optimizer]) -> list[dict[str, Any]]:
-    """What `load_optimizer_states` needs to go on: tensors, shared with the optimizer, plain values."""
+    """What `load_optimizer_states` needs: plain values, and tensors shared with the optimizer."""
     return [optimizer.state_dict() for optimizer in optimizers]
 
 

@@ -1,7 +1,7 @@
-"""What a run says and leaves to read: progress on a stream, `metrics.jsonl`, `samples.txt`, `loss.png`.
+"""What a run says and leaves to read: progress, `metrics.jsonl`, `samples.txt`, `loss.png`.
 
-Knows nothing of torch. On a terminal the progress line is rewritten in place, elsewhere there are plain
-lines; no colours anywhere.
+Knows nothing of torch. On a terminal the progress line is rewritten in place, elsewhere there are
+plain lines; no colours anywhere.
 
 Try: `Reporter(sys.stderr).say("hello")`.
 """
@@ -71,8 +71,8 @@ class Reporter:
 class TrainResult:
     """How a run ended. Losses in nats per token, of the best model, which is in `file`.
 
-    stopped: "max_iters", "patience" (the held-out loss no longer improved) or "signal", then with its
-    number. file and the losses are None when a signal came before the first evaluation.
+    stopped: "max_iters", "patience" (the held-out loss no longer improved) or "signal", then with
+    its number. file and the losses are None when a signal came before the first evaluation.
     """
 
     file: str | None
@@ -158,7 +158,7 @@ def cut_file(path: Path, n_bytes: int) -> None:
 
 
 def draw_losses(metrics: Path, image: Path) -> bool:
-    """`loss.png`: training and held-out loss over the iterations. False without matplotlib or data."""
+    """`loss.png`: training and held-out loss by iteration. False without matplotlib or data."""
     rows = read_metrics(metrics)
     if len(rows) < 2:
         return False

@@ -1,8 +1,8 @@
-"""Going on with a run as if it had never stopped: what `last.pt` holds beside the weights, and back.
+"""Going on with a run as if it had never stopped: the state in `last.pt`, and back.
 
 On the machine, torch build, device, thread count and world size of the first run the weights become
-bitwise those of an uninterrupted one; otherwise they are statistically equivalent, and `differences`
-says why. Knows nothing of steps or evaluation.
+bitwise those of an uninterrupted one; otherwise they are statistically equivalent, and
+`differences` says why. Knows nothing of steps or evaluation.
 
 Try: `load_resumable(run_paths("ckpt.pt"), Reporter())`.
 """
@@ -31,10 +31,10 @@ from pico_edge.train.step import Trainer
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run is; plain values, stored in `last.pt`. iter: updates made. Losses in nats/token.
+    """How far a run is; plain values, stored in `last.pt`. iter: updates made.
 
-    train_loss_sum and train_loss_count: over the steps since the last evaluation. samples_bytes: size of
-    `samples.txt`. finished: why nothing is left to do, "max_iters" or "patience".
+    train_loss_sum and train_loss_count: over the steps since the last evaluation. samples_bytes:
+    size of `samples.txt`. finished: why nothing is left to do, "max_iters" or "patience".
     """
 
     iter: int = 0
@@ -118,7 +118,8 @@ def stored_recipe(checkpoint: Checkpoint) -> Recipe:
 def check_flags(checkpoint: Checkpoint, settings: TrainSettings, reporter: Reporter) -> Recipe:
     """The recipe of a resumed run; flags repeat it or are refused, by UsageError.
 
-    Another split of the same number of windows into batch_size and grad_accum is accepted, and said.
+    Another split of the same number of windows into batch_size and grad_accum is accepted, and
+    said.
     """
     recipe = stored_recipe(checkpoint)
     check_shape_flags(checkpoint.config, checkpoint.tokenizer, settings)
@@ -137,8 +138,8 @@ def check_flags(checkpoint: Checkpoint, settings: TrainSettings, reporter: Repor
             )
         reporter.say(
             f"batch_size {recipe.batch_size} -> {changed.batch_size}, grad_accum "
-            f"{recipe.grad_accum} -> {changed.grad_accum}: the same windows per step, other batches: "
-            "statistically equivalent to an uninterrupted run"
+            f"{recipe.grad_accum} -> {changed.grad_accum}: the same windows per step in other "
+            "batches, statistically equivalent to an uninterrupted run"
         )
     for field in dataclasses.fields(Recipe):
         asked = getattr(settings, field.name, None)
@@ -177,7 +178,7 @@ def check_shape_flags(config: GPTConfig, tokenizer: Tokenizer, settings: TrainSe
 
 
 def restore(checkpoint: Checkpoint, trainer: Trainer) -> Progress:
-    """Put optimizers, loss scale and random states back, the random states last; returns the progress.
+    """Put optimizers, loss scale and, last, random states back; returns the progress.
 
     Raises ArtefactError when the stored state does not fit this model.
     """

@@ -1,9 +1,9 @@
-"""What a training run is asked for, and what it then does: flags, presets and the values between them.
+"""What a training run is asked for and what it then does: flags, presets, recipe.
 
-`TrainSettings` holds the flags of `pico-edge train` (None: chosen for the user), `PRESETS` the values
-that go with a size, `Recipe` what the steps of one run follow; a Recipe is stored with the run and stays
-in force when it is resumed. Knows nothing of torch, files or models, so the command line reads its
-defaults here.
+`TrainSettings` holds the flags of `pico-edge train` (None: chosen for the user), `PRESETS` the
+values that go with a size, `Recipe` what the steps of one run follow; a Recipe is stored with the
+run and stays in force when it is resumed. Knows nothing of torch, files or models, so the command
+line reads its defaults here.
 
 Try: `TrainSettings(preset="nano").model_config("nano", vocab_size=272)`.
 """
@@ -27,7 +27,7 @@ PATIENCE = 8
 
 @dataclass(frozen=True)
 class Preset:
-    """A model size and the training values that go with it; batches are windows of block_size tokens.
+    """A model size and the training values that go with it; a batch is of block_size-token windows.
 
     batch_size_gpu: on CUDA and MPS, where a batch of the CPU's size would leave the device idle.
     """
@@ -48,8 +48,8 @@ class Preset:
 
 
 PRESETS = {
-    # A text for nano is read hundreds of times in ten minutes: only dropout keeps it from being learnt
-    # by heart. From micro on, ten minutes of a laptop are a few passes at most.
+    # A text for nano is read hundreds of times in ten minutes: only dropout keeps it from being
+    # learnt by heart. From micro on, ten minutes of a laptop are a few passes at most.
     "nano": Preset(4, 4, 128, 64, 0.2, 16, 64, 1, 2e-3),
     "micro": Preset(4, 4, 256, 128, 0.0, 12, 64, 1, 1e-3),
     "mini": Preset(6, 6, 384, 256, 0.0, 12, 64, 1, 1e-3),
@@ -70,8 +70,8 @@ ARCHITECTURE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "gelu")
 class TrainSettings:
     """The flags of `pico-edge train`; None means chosen from the data, the device and the time.
 
-    minutes is wall-clock time from the start of the process, val_fraction the part of the text, at its
-    end, that training never sees; the other units are those of `Recipe`.
+    minutes is wall-clock time from the start of the process, val_fraction the part of the text, at
+    its end, that training never sees; the other units are those of `Recipe`.
     Raises UsageError (a ValueError) that names the field.
     """
 
@@ -210,9 +210,9 @@ class TrainSettings:
 class Recipe:
     """What the steps of one run follow; stored in `last.pt` and unchanged by a resume.
 
-    One iteration is one optimizer step over grad_accum x batch_size windows. eval_iters: most batches
-    of one evaluation. patience: evaluations in a row without a new best that end the run, 0: never.
-    grad_clip 0: no clipping. learning_rate is the peak.
+    One iteration is one optimizer step over grad_accum x batch_size windows. eval_iters: most
+    batches of one evaluation. patience: evaluations in a row without a new best that end the run,
+    0: never. grad_clip 0: no clipping. learning_rate is the peak.
     """
 
     seed: int
@@ -237,7 +237,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: object) -> Recipe:
-        """The inverse of `to_dict`. Raises ArtefactError for a missing, unknown or mistyped field."""
+        """The inverse of `to_dict`. ArtefactError for fields missing, unknown or mistyped."""
         fields = {field.name: field.type for field in dataclasses.fields(cls)}
         if not isinstance(values, dict) or values.keys() != fields.keys():
             raise ArtefactError(f"training recipe: expected the fields {sorted(fields)}")
@@ -263,8 +263,9 @@ def nearest_preset(config: GPTConfig) -> str:
 def eval_interval(max_iters: int, tokens_per_epoch: int, tokens_per_iter: int) -> int:
     """Iterations between evaluations: 20 to a long run, and at most 5 passes over a small text.
 
-    A small text is learnt by heart long before a twentieth of the time is over; at least 25 iterations
-    keep the noise of one evaluation from ending the run. Example: (10_000, 3_000, 1_024) -> 25.
+    A small text is learnt by heart long before a twentieth of the time is over; at least 25
+    iterations keep the noise of one evaluation from ending the run. Example: (10_000, 3_000, 1_024)
+    -> 25.
     """
     five_passes = 5 * tokens_per_epoch // tokens_per_iter
     return min(max_iters, max(10, min(max_iters // 20, max(25, five_passes))))

@@ -68,7 +68,7 @@ COMPILE_FROM_MINUTES = 5.0
 
 @dataclass
 class Run:
-    """One run, ready to go on at `progress.iter`. source: the settings to store in its checkpoints."""
+    """One run, ready to go on at `progress.iter`. source: how its data is read, to be stored."""
 
     trainer: Trainer
     progress: Progress
@@ -88,7 +88,7 @@ def set_up(
     *,
     started: float,
 ) -> Run:
-    """Read the data, build or load the model, lay the schedule. started: time.perf_counter() of then.
+    """Read the data, build or load the model, lay the schedule. started: as `train` has it.
 
     Raises UsageError, ArtefactError (data or checkpoint refused) or PicoEdgeError (device missing).
     """
@@ -173,7 +173,8 @@ def set_up(
         )
     trainer.optimizers = make_optimizers(model, trainer.recipe)
     trainer.scaler = _scaler(device, dtype)
-    # The steps that measured drew from it; a run of as many iterations without them must be the same.
+    # The steps that measured drew from it; a run of as many iterations without them must be the
+    # same.
     torch.manual_seed(settings.seed)
     recipe = trainer.recipe
     reporter.say(
@@ -186,7 +187,7 @@ def set_up(
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a name; "auto" takes CUDA, then MPS, then CPU. Raises PicoEdgeError if not usable."""
+    """The device of a name; "auto": CUDA, MPS or CPU. Raises PicoEdgeError if not usable."""
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = next((kind for kind, there in usable.items() if there), "cpu")
@@ -196,7 +197,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type of the matrix products; "auto" is bfloat16 (else float16) on CUDA, float32 elsewhere."""
+    """The type of the matrix products; "auto" is 16 bits on CUDA, float32 elsewhere."""
     if name == "auto":
         if device.type != "cuda":
             return torch.float32
@@ -205,7 +206,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def choose_compile(settings: TrainSettings, device: torch.device) -> bool:
-    """Whether to run torch.compile: as asked, else on CUDA with Triton for runs that are long enough."""
+    """Whether to run torch.compile: as asked, else on CUDA with Triton in runs long enough."""
     if settings.compile is not None:
         return settings.compile
     long_enough = settings.max_iters is not None or _budget_s(settings) >= COMPILE_FROM_MINUTES * 60
@@ -232,8 +233,8 @@ def _check_same_data(
     if found != checkpoint.data:
         raise ArtefactError(
             f"the data has changed since the run began ({found.get('bytes')} bytes, then "
-            f"{checkpoint.data.get('bytes')}): a resume needs the same files; train on with other data "
-            "by --init-from CKPT and a new --out"
+            f"{checkpoint.data.get('bytes')}): a resume needs the same files; train on with "
+            "others by --init-from CKPT and a new --out"
         )
 
 
@@ -250,7 +251,7 @@ def _shape(
     checkpoint: Checkpoint | None,
     reporter: Reporter,
 ) -> tuple[GPTConfig, tuple[str, str], Tokenizer]:
-    """Shape of the model, the preset (name, reason) its training values come from, the tokenizer."""
+    """Shape of the model, preset of its training values (name, reason), tokenizer."""
     if checkpoint is not None:
         config = checkpoint.config
         if settings.dropout is not None:

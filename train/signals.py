@@ -1,4 +1,4 @@
-"""Stopping on request: the first signal asks the loop to finish its step, a second Ctrl-C leaves at once.
+"""Stopping on request: a first signal lets the step end, a second Ctrl-C leaves at once.
 
 Handlers only set a flag. Knows nothing of what is being trained.
 
@@ -29,8 +29,9 @@ class StopRequest:
 def stop_requests() -> Iterator[StopRequest]:
     """Turn stop signals into a flag for the time of the block; the old handlers come back after it.
 
-    After the first signal a SIGINT raises KeyboardInterrupt. A SIGHUP that was ignored before (nohup)
-    stays ignored. Outside the main thread, where Python allows no handlers, signals act as they did.
+    After the first signal a SIGINT raises KeyboardInterrupt. A SIGHUP that was ignored before
+    (nohup) stays ignored. Outside the main thread, where Python allows no handlers, signals act as
+    they did.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

@@ -1,6 +1,7 @@
 """One training step: micro-batches, gradients, the check that all is finite, the update.
 
-Knows nothing of evaluation, files or time. World size and rank enter only through the slot of a batch.
+Knows nothing of evaluation, files or time. World size and rank enter only through the slot of a
+batch.
 
 Try: `train_step(trainer, 0, 1e-3)` -> StepResult(loss=5.6, grad_norm=2.1).
 """
@@ -55,7 +56,7 @@ class Trainer:
 
 
 class StepResult(NamedTuple):
-    """Mean loss in nats per token before the update, and the norm of the gradient before clipping."""
+    """Mean loss in nats per token before the update, norm of the gradient before clipping."""
 
     loss: float
     grad_norm: float
@@ -85,7 +86,7 @@ def train_step(trainer: Trainer, step: int, rate: float) -> StepResult:
             _, loss = trainer.forward(x, y)
         assert loss is not None
         loss = loss / recipe.grad_accum
-        scaler.scale(loss).backward()
+        torch.autograd.backward(scaler.scale(loss))
         total += loss.detach()
     for optimizer in trainer.optimizers:
         scaler.unscale_(optimizer)
@@ -93,7 +94,8 @@ def train_step(trainer: Trainer, step: int, rate: float) -> StepResult:
         trainer.model.parameters(), recipe.grad_clip or math.inf, foreach=True
     )
     result = StepResult(total.item(), norm.item())
-    # float16 finds its loss scale by overflowing now and then; its scaler skips that update by itself.
+    # float16 finds its loss scale by overflowing now and then; its scaler skips that update by
+    # itself.
     overflow = scaler.is_enabled() and scaler.get_scale() > 1.0
     if not math.isfinite(result.loss) or not (math.isfinite(result.grad_norm) or overflow):
         found = f"loss {result.loss}, gradient norm {result.grad_norm}"

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -207,7 +208,7 @@ def test_a_stop_in_the_prompt_does_not_end_the_text(scripted):
     stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
 )
 def test_stops_are_found_however_the_text_is_cut(cut, stops):
-    """The text up to the stop that is complete first, and nothing held back that is not a part of one."""
+    """The text up to the stop that is complete first; held back is only what may be one."""
     text = "".join(cut)
     shown, held, found = "", "", False
     for piece in cut:
@@ -392,15 +393,14 @@ def test_nan_logits_are_an_error_and_not_a_text(tmp_path):
         assert caught.value.exit_code == 1
 
 
-def test_sampling_defaults_of_a_file_that_make_no_sense_are_refused(tmp_path):
-    for bad in (b'"top_k": -5', b'"top_q": 50'):
-        data = (DATA / "tiny_fp32.onnx").read_bytes()
-        good = b'"top_k": 50'
-        assert data.count(good) == 1
-        path = tmp_path / "bad.onnx"
-        path.write_bytes(data.replace(good, bad))
-        with pytest.raises(ArtefactError, match="sampling"):
-            Model(path, "cpu", 1)
+@pytest.mark.parametrize("bad", [rb'"top_k":\g<1>-5', rb'"top_q":\g<1>50'])
+def test_sampling_defaults_of_a_file_that_make_no_sense_are_refused(tmp_path, bad):
+    data, n = re.subn(rb'"top_k":( ?)50', bad, (DATA / "tiny_fp32.onnx").read_bytes())
+    assert n == 1
+    path = tmp_path / "bad.onnx"
+    path.write_bytes(data)
+    with pytest.raises(ArtefactError, match="sampling"):
+        Model(path, "cpu", 1)
 
 
 def test_the_line_of_the_readme_works_in_a_fresh_process():

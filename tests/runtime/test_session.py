@@ -1,6 +1,7 @@
 """Every way through the cache gives the logits of one call; nothing moves to another provider."""
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +218,27 @@ def test_a_file_that_is_not_there_or_not_a_model_is_refused(tmp_path):
     (tmp_path / "text.onnx").write_text("not a model")
     with pytest.raises(ArtefactError):
         Session(tmp_path / "text.onnx")
+
+
+def test_a_foreign_file_loads_only_when_allowed_and_has_no_cache(tmp_path):
+    path = tmp_path / "foreign.onnx"
+    path.write_bytes((DATA / "tiny.onnx").read_bytes().replace(b"pico_edge.", b"who_knows."))
+    with pytest.raises(ArtefactError):
+        Session(path, provider="cpu", threads=1)
+    foreign = Session(path, provider="cpu", threads=1, allow_foreign=True)
+    assert (foreign.metadata, foreign.provider) == ({}, "cpu")
+    for ask in (lambda: foreign.config, foreign.new_cache, lambda: foreign.tokenizer):
+        with pytest.raises(ArtefactError, match="not a file of pico-edge"):
+            ask()
+
+
+def test_a_file_for_a_target_of_the_future_is_refused(tmp_path):
+    data, n = re.subn(rb'("target": ?)"cpu"', rb'\1"npu"', (DATA / "tiny.onnx").read_bytes())
+    assert n == 1
+    path = tmp_path / "npu.onnx"
+    path.write_bytes(data)
+    with pytest.raises(ArtefactError, match="'npu'"):
+        Session(path)
 
 
 CPU, CUDA, DML = (session_module.ORT_PROVIDERS[name] for name in ("cpu", "cuda", "directml"))

@@ -1,4 +1,4 @@
-"""The schedule is the drawn curve; every parameter is updated once; matrices decay, vectors do not."""
+"""The schedule is the drawn curve; each parameter is held once; only matrices decay."""
 
 import copy
 import dataclasses

@@ -1,4 +1,4 @@
-"""Every flag value that cannot work is refused with the name of its field, before torch is loaded."""
+"""A flag value that cannot work is refused with the name of its field, without torch."""
 
 import dataclasses
 import math
@@ -64,7 +64,7 @@ RECIPE = TrainSettings(max_iters=100).recipe(
     ],
 )
 def test_a_bad_value_is_refused_and_its_field_named(field, value):
-    with pytest.raises(UsageError, match=f"^{field} is .*: expected ") as error:
+    with pytest.raises(UsageError, match=rf"^{field} is .*: expected ") as error:
         TrainSettings(**{field: value})
     assert "\n" not in str(error.value)
 
@@ -72,7 +72,7 @@ def test_a_bad_value_is_refused_and_its_field_named(field, value):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ({"preset": "nano", "n_embd": 100}, "n_embd 100 .* n_head 4"),
+        ({"preset": "nano", "n_embd": 100}, r"n_embd 100 .* n_head 4"),
         ({"preset": "nano", "n_head": 3}, "n_embd 128 .* n_head 3"),
         ({"minutes": 1.0, "max_iters": 5}, "minutes and max_iters"),
         ({"resume": True, "force": True}, "resume and force"),
