@@ -48,7 +48,7 @@ from pico_edge.train.report import (
 )
 from pico_edge.train.resume import resume_values
 from pico_edge.train.settings import TrainSettings
-from pico_edge.train.setup import Path_, Run, set_up
+from pico_edge.train.setup import StrPath, Run, set_up
 from pico_edge.train.signals import StopRequest, stop_requests
 from pico_edge.train.step import StepResult, divergence, memory_errors, train_step
 
@@ -58,7 +58,7 @@ SAVE_EVERY_S = 300.0
 
 
 def train(
-    data: Sequence[Path_],
+    data: Sequence[StrPath],
     settings: TrainSettings,
     *,
     reporter: Reporter | None = None,
@@ -259,7 +259,7 @@ class _Loop:
             self.reporter.say(f"warning: {why}: training goes on")
 
 
-def resume_command(data: Sequence[Path_], settings: TrainSettings) -> str:
+def resume_command(data: Sequence[StrPath], settings: TrainSettings) -> str:
     """The command that continues this run exactly. Example: pico-edge train data.txt --resume."""
     words = ["pico-edge", "train", *(str(path) for path in data)]
     # What the checkpoint does not decide: where things are, and what the device does.

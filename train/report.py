@@ -202,8 +202,9 @@ def count(n: float) -> str:
 
 def one_line(text: str) -> str:
     """A text for one line of a terminal: white space is a blank, what moves the cursor a dot."""
+    joiner = "\N{ZERO WIDTH JOINER}"  # not printable, and part of many emoji
     line = " ".join(text.split())
-    return "".join(c if c.isprintable() else "\N{MIDDLE DOT}" for c in line)
+    return "".join(c if c.isprintable() or c == joiner else "\N{MIDDLE DOT}" for c in line)
 
 
 def quote(argument: str) -> str:

@@ -60,7 +60,7 @@ from pico_edge.train.settings import (
 )
 from pico_edge.train.step import Forward, Trainer
 
-Path_ = str | os.PathLike[str]
+StrPath = str | os.PathLike[str]
 
 # torch.compile takes most of a minute: not worth it in a run of fewer minutes than this.
 COMPILE_FROM_MINUTES = 5.0
@@ -81,7 +81,7 @@ class Run:
 
 
 def set_up(
-    data: Sequence[Path_],
+    data: Sequence[StrPath],
     settings: TrainSettings,
     paths: RunPaths,
     reporter: Reporter,
@@ -126,16 +126,18 @@ def set_up(
         f"{config.block_size}, {count(model.num_parameters())} parameters, {preset[1]}"
     )
     check_space(paths, model.num_parameters())
-    compiled = choose_compile(settings, device)
     trainer = Trainer(
         model=model,
-        forward=cast(Forward, torch.compile(model)) if compiled else model,
+        forward=model,
         optimizers=[],
         scaler=_scaler(device, dtype),
         recipe=_recipes(settings, preset[0], config, tokens, device)(settings.max_iters or 1000),
         tokens=tokens.train,
         device=device,
         dtype=dtype,
+    )
+    compiled = choose_compile(settings, device) and _compile(
+        trainer, reporter, asked=settings.compile is True
     )
     run = Run(
         trainer=trainer,
@@ -212,6 +214,33 @@ def choose_compile(settings: TrainSettings, device: torch.device) -> bool:
     long_enough = settings.max_iters is not None or _budget_s(settings) >= COMPILE_FROM_MINUTES * 60
     possible = importlib.util.find_spec("triton") is not None and shutil.which("cc") is not None
     return device.type == "cuda" and long_enough and possible
+
+
+def _compile(trainer: Trainer, reporter: Reporter, *, asked: bool) -> bool:
+    """Compile the model by running it once, forward and back; False where that cannot be done.
+
+    Raises PicoEdgeError instead where compiling was asked for.
+    """
+    from torch._dynamo.exc import TorchDynamoException
+
+    shape = (trainer.recipe.batch_size, trainer.model.config.block_size)
+    idx = torch.zeros(shape, dtype=torch.int64, device=trainer.device)  # (B, T)
+    forward = cast(Forward, torch.compile(trainer.model))
+    reporter.say("compiling the model, about a minute")
+    try:
+        with trainer.autocast():
+            _, loss = forward(idx, idx)
+        torch.autograd.backward(cast(torch.Tensor, loss))
+    except TorchDynamoException as error:
+        why = f"torch.compile does not work here ({str(error).splitlines()[0]})"
+        if asked:
+            raise PicoEdgeError(f"{why}: train with --no-compile") from error
+        reporter.say(f"{why}: training without it")
+        return False
+    finally:
+        trainer.model.zero_grad(set_to_none=True)
+    trainer.forward = forward
+    return True
 
 
 def _loaded(settings: TrainSettings, paths: RunPaths, reporter: Reporter) -> Checkpoint | None:

@@ -101,6 +101,8 @@ def test_equal_logits_are_taken_by_id():
         logits = np.zeros(size, np.float32)
         assert sample(logits, 0.0, Sampling(temperature=0.0)) == 0
         assert kept(logits, dataclasses.replace(PLAIN, top_k=4), steps=4) == [0, 1, 2, 3]
+    five = np.zeros(5, np.float32)
+    assert kept(five, PLAIN) == kept(five, dataclasses.replace(PLAIN, min_p=1.0)) == [*range(5)]
     logits = np.zeros(2000, np.float32)
     logits[[3, 1999]] = 1
     assert most_likely(logits, 4)[0].tolist() == [3, 1999, 0, 1]
@@ -168,7 +170,7 @@ def test_draws_follow_the_definition_in_large_vocabularies(seed, size, spread, s
 @given(seed=st.integers(0, 2**32), size=st.integers(1, 3000), levels=st.integers(1, 400))
 def test_most_likely_is_a_sort_by_value_then_id(seed, size, levels):
     rng = np.random.default_rng(seed)
-    logits = rng.integers(0, levels, size).astype(np.float32)
+    logits = rng.integers(0, levels, size).astype(np.float32) * (-1 if seed % 3 else 1)
     k = int(rng.integers(1, size + 1)) if seed % 2 else min(size, 50)
     ids, values = most_likely(logits, k)
     assert ids.tolist() == np.argsort(-logits, kind="stable")[:k].tolist()

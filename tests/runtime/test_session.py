@@ -20,8 +20,9 @@ from pico_edge.runtime.session import (
 )
 
 DATA = Path(__file__).parents[1] / "data"
-# fp32 sums differ in order only; int8 kernels also quantize the activations of a row by themselves.
-TOLERANCE = {"tiny_fp32.onnx": 1e-5, "tiny.onnx": 1e-4}
+# Of the largest logit. fp32 sums differ in order only; int8 kernels also round activations, and where
+# such a difference moves one of them over the edge of a step, the logits move by up to 5e-3 of it.
+TOLERANCE = {"tiny_fp32.onnx": 1e-5, "tiny.onnx": 1e-2}
 
 
 @pytest.fixture(scope="module", params=sorted(TOLERANCE))

@@ -267,6 +267,14 @@ def test_a_checkpoint_with_something_behind_it_is_refused(saved: bytes, tmp_path
     assert f"expected {len(saved)} bytes, got {len(saved) + 1}" in refusal(path)
 
 
+def test_damage_is_told_before_anything_is_unpickled(saved: bytes, tmp_path: Path) -> None:
+    for part in (b"archive/data.pkl", b"archive/data/0"):
+        damaged = bytearray(saved)
+        damaged[saved.index(part) + 200] ^= 1
+        (tmp_path / "ckpt.pt").write_bytes(damaged)
+        assert f"the checksum of '{part.decode()}' is wrong" in refusal(tmp_path / "ckpt.pt")
+
+
 def flip_and_load(saved: bytes, path: Path, offsets: range, made: Checkpoint) -> tuple[int, int]:
     """How many flips of one bit were refused and how many changed no value; fails for any other."""
     refused = equal = 0

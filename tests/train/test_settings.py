@@ -88,7 +88,7 @@ def test_flags_that_contradict_each_other_are_refused(flags, named):
 
 def test_min_lr_above_the_learning_rate_is_refused():
     settings = TrainSettings(learning_rate=1e-3, min_lr=1e-2)
-    with pytest.raises(UsageError, match="min_lr is 0.01"):
+    with pytest.raises(UsageError, match=r"min_lr is 0\.01"):
         settings.recipe("nano", gpu=False, max_iters=9, tokens_per_epoch=9, block_size=9)
 
 

@@ -20,6 +20,7 @@ from pico_edge.cli import main
 from pico_edge.config import GPTConfig
 from pico_edge.errors import DivergedError, PicoEdgeError, UsageError
 from pico_edge.train.checkpoint import load_checkpoint
+from pico_edge.train.data import batch
 from pico_edge.train.lock import run_lock
 from pico_edge.train.loop import train
 from pico_edge.train.model import GPT
@@ -158,7 +159,13 @@ def test_a_full_disk_at_the_final_save_fails_and_the_state_before_it_stays(folde
     assert not leftovers(folder)
     disk["full"] = False
     resumed = dataclasses.replace(TINY, resume=True)
+    metrics = folder / "ckpt.run" / "metrics.jsonl"
+    with metrics.open("a") as file:
+        file.write('{"iter": 4')  # cut short by a crash
     assert train(["data.txt"], resumed, reporter=DiskReporter(disk, {})).iter == 40
+    rows = [json.loads(line)["iter"] for line in metrics.read_text().splitlines()]
+    assert rows == [10, 20, 30, 40]
+    assert (folder / "ckpt.run" / "samples.txt").read_text().count("=== iteration 40") == 1
 
 
 def test_too_little_space_is_said_before_the_first_step(folder, monkeypatch):
@@ -254,23 +261,53 @@ def test_divergence_exits_4_and_leaves_checkpoints_of_finite_weights(folder, cap
         assert all(tensor.isfinite().all() for tensor in weights)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(bad):
-    config = GPTConfig(block_size=8, vocab_size=32, n_layer=1, n_head=1, n_embd=16)
+def tiny_trainer(**options):
     torch.manual_seed(0)
-    model = GPT(config)
+    model = GPT(GPTConfig(block_size=8, vocab_size=32, n_layer=1, n_head=1, n_embd=16))
     recipe = TINY.recipe("nano", gpu=False, max_iters=9, tokens_per_epoch=99, block_size=8)
-    optimizers = make_optimizers(model, recipe)
-    trainer = Trainer(
+    recipe = dataclasses.replace(recipe, grad_accum=2)
+    return Trainer(
         model=model,
         forward=model,
-        optimizers=optimizers,
+        optimizers=make_optimizers(model, recipe),
         scaler=torch.amp.GradScaler("cpu", enabled=False),
         recipe=recipe,
-        tokens=np.arange(99, dtype=np.uint16) % 32,
+        tokens=np.arange(99, dtype=np.uint16) % 31,
         device=torch.device("cpu"),
         dtype=torch.float32,
+        **options,
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "slots"), [({}, (0, 1)), ({"world_size": 2, "rank": 1}, (1, 3))]
+)
+def test_a_step_is_the_mean_over_the_batches_of_its_slots(options, slots):
+    trainer = tiny_trainer(**options)
+    losses = []
+    for slot in slots:
+        x, y = batch(
+            trainer.tokens,
+            seed=trainer.recipe.seed,
+            step=5,
+            slot=slot,
+            batch_size=trainer.recipe.batch_size,
+            block_size=8,
+        )
+        losses.append(trainer.model(x, y)[1])
+    torch.stack(losses).mean().backward()
+    parameters = list(trainer.model.parameters())
+    grads = [parameter.grad for parameter in parameters]
+    norm = torch.linalg.vector_norm(torch.stack([grad.norm() for grad in grads]))
+    found = train_step(trainer, 5, 1e-3)
+    assert found.loss == pytest.approx(torch.stack(losses).mean().item(), rel=1e-6)
+    assert found.grad_norm == pytest.approx(norm.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(bad):
+    trainer = tiny_trainer()
+    model = trainer.model
     train_step(trainer, 0, 1e-3)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     hook = model.transformer.ln_f.weight.register_hook(lambda grad: grad * bad)

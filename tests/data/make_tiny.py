@@ -1,0 +1,33 @@
+"""How tiny.onnx (int8) and tiny_fp32.onnx were made: two layers, 64 tokens of context, a minute.
+
+    python tests/data/make_tiny.py
+
+Needs pico-edge[all]. Tests and CI run the files where neither torch nor onnx is installed. Make them
+again when the format of model.onnx changes; no test depends on their weights.
+"""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+import tempfile
+from pathlib import Path
+
+from pico_edge.export.pipeline import export
+from pico_edge.train.loop import train
+from pico_edge.train.settings import TrainSettings
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        text, out = Path(folder, "topics.txt"), Path(folder, "ckpt.pt")
+        text.write_text("\n".join(pydoc_data.topics.topics.values()), encoding="utf-8")
+        shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64}
+        train([text], TrainSettings(out=out, max_iters=2000, preset="nano", **shape))
+        export(out, HERE / "tiny_fp32.onnx", force=True)
+        export(out, HERE / "tiny.onnx", quantize=True, force=True)
+
+
+if __name__ == "__main__":
+    main()
