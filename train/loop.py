@@ -48,7 +48,7 @@ from pico_edge.train.report import (
 )
 from pico_edge.train.resume import resume_values
 from pico_edge.train.settings import TrainSettings
-from pico_edge.train.setup import StrPath, Run, set_up
+from pico_edge.train.setup import Run, StrPath, set_up
 from pico_edge.train.signals import StopRequest, stop_requests
 from pico_edge.train.step import StepResult, divergence, memory_errors, train_step
 
