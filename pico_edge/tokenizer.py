@@ -39,6 +39,7 @@ class SimpleTokenizer:
     kind = "simple"
     n_vocab = 257
     eot_id = 256
+    bytes_of = (*(bytes([byte]) for byte in range(256)), b"")  # of every id; end of text has none
 
     def encode(self, text: str, *, allow_special: bool = False) -> Ids:
         """Ids of a text. With allow_special `<|endoftext|>` in it is one id, else plain bytes."""
@@ -54,7 +55,7 @@ class SimpleTokenizer:
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """UTF-8 bytes of ids, none for the end of text. UsageError for an id without text."""
         _check_ids(ids, self.n_vocab)
-        return bytes(i for i in ids if i != self.eot_id)
+        return b"".join([self.bytes_of[i] for i in ids])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD."""
@@ -94,6 +95,7 @@ class BPETokenizer:
 
         self.pattern = pattern
         self.tokens = list(tokens)
+        self.bytes_of = (*tokens, b"")  # of every id; end of text has none
         self.eot_id = len(tokens)
         self.n_vocab = len(tokens) + 1
         self._encoding = tiktoken.Encoding(
@@ -117,7 +119,7 @@ class BPETokenizer:
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """UTF-8 bytes of ids, none for the end of text. UsageError for an id without text."""
         _check_ids(ids, self.n_vocab)
-        return b"".join(self.tokens[i] for i in ids if i != self.eot_id)
+        return b"".join([self.bytes_of[i] for i in ids])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD."""
@@ -139,16 +141,22 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._bytes_of = tokenizer.bytes_of
+        self._unfinished = b""
 
     def feed(self, ids: Sequence[int]) -> str:
-        """The text that these ids complete, "" if none."""
-        return self._decoder.decode(self._tokenizer.decode_bytes(ids))
+        """The text that these ids, which must be the tokenizer's, complete; "" if none."""
+        new = b"".join([self._bytes_of[i] for i in ids])
+        return self._decode(self._unfinished + new, final=False)
 
     def flush(self) -> str:
         """What is left at the end: "" or one U+FFFD for an unfinished character."""
-        return self._decoder.decode(b"", final=True)
+        return self._decode(self._unfinished, final=True)
+
+    def _decode(self, data: bytes, *, final: bool) -> str:
+        text, used = codecs.utf_8_decode(data, "replace", final)
+        self._unfinished = data[used:]
+        return text
 
 
 def tokenizer_from_dict(values: object) -> Tokenizer:

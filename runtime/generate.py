@@ -20,17 +20,20 @@ import numpy as np
 
 from pico_edge.config import GPTConfig
 from pico_edge.errors import ArtefactError, UsageError
-from pico_edge.runtime.philox import uniform
+from pico_edge.runtime.philox import uniforms
 from pico_edge.runtime.sampling import (
     ContextOverflow,
     Logits,
+    Sampler,
     Sampling,
     check_seed,
     penalize,
-    sample,
 )
 from pico_edge.runtime.session import Cache, Session
 from pico_edge.tokenizer import TextStream, Tokenizer
+
+# Random numbers made at a time: 5 us each, but 20 us where each is made between two steps.
+UNIFORMS_AHEAD = 16
 
 FinishReason = Literal["length", "stop", "context", "eos", "cancelled"]
 
@@ -233,26 +236,35 @@ def _run(
     prefill_s = clock() - started
     for text in texts:
         text.started, text.prefill_s = started, prefill_s
+    n_vocab = session.tokenizer.n_vocab  # a padded vocabulary has rows that mean nothing
+    rows = list(logits[:, :n_vocab])
+    token_ids = [0] * len(texts)
+    live = [(row, text) for row, text in enumerate(texts) if text.finish_reason is None]
     while True:
-        for row, text in enumerate(texts):
-            if text.finish_reason is None:
-                piece = text.draw(logits[row], full=bool(cache.lengths[row] == window))
-                now = clock()
-                text.drawn(now - paused)
-                if piece:
-                    yield row, piece
-                    paused += clock() - now
+        for row, text in live:
+            piece = text.draw(rows[row], full=cache.lengths[row] == window)
+            now = clock()
+            text.drawn_s.append(now - paused)
+            if piece:
+                yield row, piece
+                paused += clock() - now
         if cancel is not None and cancel():
-            for text in texts:
+            for _, text in live:
                 text.finish_reason = text.finish_reason or "cancelled"
-        if all(text.finish_reason for text in texts):
+        live = [(row, text) for row, text in live if text.finish_reason is None]
+        if not live:
             return
-        for row, text in enumerate(texts):
-            if text.finish_reason is not None:
-                cache.truncate(row, 0)
-            elif cache.lengths[row] == window:
+        if len(live) < len(texts):
+            for row, text in enumerate(texts):
+                if text.finish_reason is not None:
+                    cache.truncate(row, 0)
+        for row, text in live:
+            token_ids[row] = text.ids[-1]
+            if cache.lengths[row] == window:
                 _slide(cache, row, text.ids, window // 2)
-        logits = cache.decode([0 if text.finish_reason else text.ids[-1] for text in texts])
+        after = cache.decode(token_ids)
+        if after is not logits:
+            logits, rows = after, list(after[:, :n_vocab])
 
 
 def _slide(cache: Cache, row: int, ids: list[int], keep: int) -> None:
@@ -279,10 +291,9 @@ class _Text:
         self.ids = ids or [tokenizer.eot_id]
         self.sampling = sampling
         self.finish_reason: FinishReason | None = None
-        self.started = self.prefill_s = self.first_s = self.last_s = 0.0
-        self.draws = 0
+        self.started = self.prefill_s = 0.0
+        self.drawn_s: list[float] = []  # when each token was drawn
         self._n_prompt = len(self.ids)
-        self._n_vocab = tokenizer.n_vocab
         self._eot_id = tokenizer.eot_id
         self._stream = TextStream(tokenizer)
         self._stops = stops
@@ -290,23 +301,25 @@ class _Text:
         self._number = number
         self._pieces: list[str] = []
         self._held = ""
-        if sampling.penalizes:
-            self._seen = np.zeros(self._n_vocab, np.bool_)
+        self._uniforms: list[float] = []  # of the positions to come, the next one last
+        self._sampler = Sampler(sampling)
+        self._penalizes = sampling.penalizes
+        if self._penalizes:
+            self._seen = np.zeros(tokenizer.n_vocab, np.bool_)
             self._seen[self.ids] = True
-            self._counts = np.zeros(self._n_vocab, np.int64)
+            self._counts = np.zeros(tokenizer.n_vocab, np.int64)
 
     def draw(self, logits: Logits, *, full: bool) -> str:
         """Choose the next token; the text that is ready to be shown. full: so is the window."""
-        logits = logits[: self._n_vocab]  # a padded vocabulary has rows that mean nothing
-        if self.sampling.penalizes:
+        if self._penalizes:
             logits = penalize(logits, self._seen, self._counts, self.sampling)
-        u = uniform(self._seed, len(self.ids), self._number) if self.sampling.temperature else 0.0
-        token_id = sample(logits, u, self.sampling)
+        u = self._uniform() if self.sampling.temperature else 0.0
+        token_id = self._sampler.sample(logits, u)
         if token_id == self._eot_id:
             self.finish_reason = "eos"
             return self._ready("")
         self.ids.append(token_id)
-        if self.sampling.penalizes:
+        if self._penalizes:
             self._seen[token_id] = True
             self._counts[token_id] += 1
         if len(self.ids) - self._n_prompt == self.sampling.max_new_tokens:
@@ -315,12 +328,12 @@ class _Text:
             self.finish_reason = "context"
         return self._ready(self._stream.feed((token_id,)))
 
-    def drawn(self, now: float) -> None:
-        """Note the time of a draw."""
-        self.draws += 1
-        self.last_s = now
-        if self.draws == 1:
-            self.first_s = now
+    def _uniform(self) -> float:
+        """The random number of the next token's position."""
+        if not self._uniforms:
+            ahead = uniforms(self._seed, len(self.ids), self._number, n=UNIFORMS_AHEAD)
+            self._uniforms = ahead[::-1]
+        return self._uniforms.pop()
 
     def _ready(self, piece: str) -> str:
         """What can be shown now that this piece came; notices stops."""
@@ -338,7 +351,8 @@ class _Text:
     def generation(self, session: Session) -> Generation:
         """The result; called when finish_reason is set."""
         assert self.finish_reason is not None
-        decode_s = self.last_s - self.first_s
+        first_s, last_s = (self.drawn_s[0], self.drawn_s[-1]) if self.drawn_s else (0.0, 0.0)
+        decode_s = last_s - first_s
         prefilled = min(self._n_prompt, session.config.block_size)
         return Generation(
             prompt=self.prompt,
@@ -347,9 +361,9 @@ class _Text:
             finish_reason=self.finish_reason,
             prompt_tokens=self._n_prompt,
             new_tokens=len(self.ids) - self._n_prompt,
-            time_to_first_token_s=self.first_s - self.started,
+            time_to_first_token_s=first_s - self.started,
             prefill_tokens_per_second=prefilled / self.prefill_s if self.prefill_s else 0.0,
-            decode_tokens_per_second=(self.draws - 1) / decode_s if decode_s else 0.0,
+            decode_tokens_per_second=(len(self.drawn_s) - 1) / decode_s if decode_s else 0.0,
             provider=session.provider,
             threads=session.threads,
             seed=self._seed,

@@ -16,6 +16,8 @@ Try: `sample(np.log([0.1, 0.7, 0.2]), 0.75, Sampling(temperature=1.0))` -> 2: 0.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 import numbers
 from dataclasses import dataclass
@@ -35,6 +37,8 @@ MAX_SEED = (1 << 63) - 1
 MIN_TEMPERATURE = 1e-200
 # Without top-k, this many of the most likely tokens are sorted first: they nearly always decide.
 HEAD = 256
+# Candidates looked at for each token wanted: enough that the guess still holds for the next logits.
+SPARE = 2
 
 
 @dataclass(frozen=True)
@@ -91,65 +95,94 @@ def check_seed(seed: object) -> None:
         raise UsageError(f"seed is {seed}: expected 0 to {MAX_SEED}")
 
 
-def sample(logits: Logits, u: float, sampling: Sampling) -> int:
-    """The token that a uniform number u of [0, 1) chooses; the module says by which steps.
+class Sampler:
+    """Draws the tokens of one text by `sample`.
 
-    logits: (V,), -inf for a token that must not be drawn. Penalties are left to `penalize`.
-    Raises PicoEdgeError for logits that are NaN or +inf, or all of them -inf.
+    Remembers above which logit the likely ones were last time: looking only there takes a third of
+    the time of a search. A wrong guess costs that time and never changes a token.
     """
-    best = int(logits.argmax())  # a NaN counts as largest
-    highest = float(logits[best])
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self._guess = math.inf
+
+    def sample(self, logits: Logits, u: float) -> int:
+        """The token that a uniform number u of [0, 1) chooses; the module says by which steps.
+
+        logits: (V,), -inf for a token that must not be drawn. Penalties are left to `penalize`.
+        Raises PicoEdgeError for logits that are NaN or +inf, or all of them -inf.
+        """
+        sampling = self.sampling
+        if sampling.temperature == 0 or sampling.top_k == 1:
+            best = int(logits.argmax())  # a NaN counts as largest
+            _check_finite(float(logits[best]))
+            return best
+        if logits.dtype == np.float16:
+            logits = logits.astype(np.float32)  # numpy has no fast half-precision
+        V = logits.size
+        k = sampling.top_k if 0 < sampling.top_k < V else V
+        if k < V:
+            values, self._guess = largest(logits, k, self._guess)
+            weights = _weights(values, sampling.temperature)
+            return nth_most_likely(logits, values, _choose(weights, None, u, sampling))
+        head, total = min(HEAD, V), None
+        while head < V:
+            values, self._guess = largest(logits, head, self._guess)
+            weights = _weights(values, sampling.temperature)
+            if total is None:
+                scaled = logits.astype(np.float64) - values[0]
+                total = float(np.exp(scaled / max(sampling.temperature, MIN_TEMPERATURE)).sum())
+            chosen = _choose(weights, total, u, sampling)
+            if chosen < head:
+                return nth_most_likely(logits, values, chosen)
+            head *= 8
+        values, _ = largest(logits, V)
+        weights = _weights(values, sampling.temperature)
+        return nth_most_likely(logits, values, _choose(weights, None, u, sampling))
+
+
+def sample(logits: Logits, u: float, sampling: Sampling) -> int:
+    """One draw by itself; see Sampler."""
+    return Sampler(sampling).sample(logits, u)
+
+
+def largest(logits: Logits, k: int, guess: float = math.inf) -> tuple[list[float], float]:
+    """The k largest logits, descending, a NaN first; and the guess for logits like these.
+
+    logits: (V,), 1 <= k <= V. guess: a logit that a few more than k others are above; a wrong one
+    costs a search of all logits and changes nothing.
+    """
+    V = logits.size
+    wanted = min(SPARE * k, V)
+    pool = logits[~(logits <= guess)]  # so that a NaN is found
+    if not k <= pool.size <= SPARE * wanted:
+        pool = np.partition(logits, V - wanted)[V - wanted :]
+    pool.sort()  # a NaN comes last
+    values: list[float] = pool.tolist()
+    values.reverse()
+    # Where there are none to spare, a little lower: the next logits may all be lower.
+    spare = len(values) > wanted
+    guess = values[wanted] if spare else values[-1] - 0.1 * (values[0] - values[-1])
+    return values[:k], guess
+
+
+def nth_most_likely(logits: Logits, values: list[float], n: int) -> int:
+    """The id of the n-th of the largest logits, lower ids first among equals.
+
+    values: the largest, descending. Only the chosen one is looked up: no other id is needed.
+    """
+    value = values[n]
+    equal = logits == value
+    before = n - values.index(value)
+    return int(equal.nonzero()[0][before] if before else equal.argmax())
+
+
+def _check_finite(highest: float) -> None:
     if not math.isfinite(highest):
         raise PicoEdgeError(
-            f"the largest logit is {highest}: expected a finite number; the model file is damaged "
-            "or its numbers overflow: check it with pico-edge verify"
+            f"the model's largest logit is {highest}: expected a finite number; the file is "
+            "damaged or its numbers overflow: export the checkpoint again"
         )
-    if sampling.temperature == 0 or sampling.top_k == 1:
-        return best
-    if logits.dtype == np.float16:
-        logits = logits.astype(np.float32)  # numpy has no fast half-precision
-    V = logits.size
-    if 0 < sampling.top_k < V:
-        ids, values = most_likely(logits, sampling.top_k)
-        weights = _weights(values, highest, sampling.temperature)
-        return int(ids[_choose(weights, None, u, sampling)])
-    everything = _weights(logits, highest, sampling.temperature)
-    total = float(everything.sum())
-    head = HEAD
-    while head < V:
-        ids, _ = most_likely(logits, head)
-        chosen = _choose(everything[ids], total, u, sampling)
-        if chosen < head:
-            return int(ids[chosen])
-        head *= 8
-    ids = (-logits).argsort(kind="stable")
-    return int(ids[_choose(everything[ids], None, u, sampling)])
-
-
-def most_likely(logits: Logits, k: int) -> tuple[npt.NDArray[np.intp], Logits]:
-    """The ids of the k largest logits and their values, descending, lower ids first among equals.
-
-    logits: (V,) without NaN, 1 <= k <= V.
-    """
-    V = logits.size
-    rows = min(32, V // (4 * k))
-    if rows < 4:
-        bound = _kth_largest(logits, k)
-    else:
-        # At least k logits reach the k-th largest of the column maxima, few others do, and it is
-        # found in a fraction of the time of the k-th largest of all.
-        columns = V // rows
-        bound = _kth_largest(logits[: rows * columns].reshape(rows, columns).max(axis=0), k)
-    ids = (logits >= bound).nonzero()[0]
-    values = logits[ids]
-    order = (-values).argsort(kind="stable")[:k]
-    return ids[order], values[order]
-
-
-def _kth_largest(values: Logits, k: int) -> Any:
-    parted = values.copy()  # np.partition does the same with more overhead
-    parted.partition(values.size - k)
-    return parted[values.size - k]
 
 
 def penalize(
@@ -172,35 +205,38 @@ def penalize(
     return penalized
 
 
-def _weights(logits: Logits, highest: float, temperature: float) -> npt.NDArray[np.float64]:
-    """Probabilities up to a factor; that of the highest logit is 1, so no temperature overflows."""
-    weights = logits.astype(np.float64)
-    weights -= highest
-    weights /= max(temperature, MIN_TEMPERATURE)
-    return np.exp(weights, out=weights)
+def _weights(values: list[float], temperature: float) -> list[float]:
+    """Probabilities of descending logits up to a factor; that of the first is 1: none overflows.
+
+    Plain floats: between two steps of a model the caches are cold, and every numpy function that is
+    touched costs several us; 50 floats cost 5.
+    """
+    highest = values[0]
+    _check_finite(highest)
+    if temperature < MIN_TEMPERATURE:
+        temperature = MIN_TEMPERATURE
+    return list(map(math.exp, [(value - highest) / temperature for value in values]))
 
 
-def _choose(
-    weights: npt.NDArray[np.float64], total: float | None, u: float, sampling: Sampling
-) -> int:
+def _choose(weights: list[float], total: float | None, u: float, sampling: Sampling) -> int:
     """The index that u chooses among descending weights after top-p and min-p.
 
     total: the sum of all weights, if these are only the largest of them; then the result is
     len(weights) when more of them are needed to tell.
     """
     n = kept = len(weights)
-    cumulative = weights.cumsum()
+    cumulative = list(itertools.accumulate(weights))
     mass = cumulative[-1] if total is None else total
     # u * mass < mass for every u <= 1 - 2**-53, also in float64: a token of no chance never comes.
     if sampling.top_p == 1 and sampling.min_p == 0:
-        return int(cumulative.searchsorted(u * mass, "right"))
+        return bisect.bisect_right(cumulative, u * mass)
     if sampling.top_p < 1:
-        kept = min(kept, int(cumulative.searchsorted(sampling.top_p * mass)) + 1)
+        kept = min(kept, bisect.bisect_left(cumulative, sampling.top_p * mass) + 1)
     if sampling.min_p > 0:
-        kept = min(kept, int(np.count_nonzero(weights >= sampling.min_p)))
+        kept = min(kept, n - bisect.bisect_left(weights[::-1], sampling.min_p))
     if kept == n and total is not None:
         return n
-    return int(cumulative[:kept].searchsorted(u * cumulative[kept - 1], "right"))
+    return bisect.bisect_right(cumulative, u * cumulative[kept - 1], 0, kept)
 
 
 def _check_whole(name: str, value: object, expected: str) -> int:

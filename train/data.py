@@ -621,7 +621,7 @@ def _count_bytes(tokens: Tokens, tokenizer: Tokenizer) -> int:
     if isinstance(tokenizer, SimpleTokenizer):
         lengths = np.ones(tokenizer.n_vocab, np.int64)
     else:
-        lengths = np.array([*map(len, tokenizer.tokens), 0], np.int64)
+        lengths = np.array([*map(len, tokenizer.bytes_of)], np.int64)
     lengths[tokenizer.eot_id] = 0
     starts = range(0, len(tokens), _CHECK_TOKENS)
     return sum(int(lengths[tokens[start : start + _CHECK_TOKENS]].sum()) for start in starts)

@@ -12,7 +12,15 @@ from scipy import stats
 from pico_edge.artefact import SAMPLING_DEFAULTS
 from pico_edge.errors import PicoEdgeError, UsageError
 from pico_edge.runtime.philox import uniform
-from pico_edge.runtime.sampling import Sampling, check_seed, most_likely, penalize, sample
+from pico_edge.runtime.sampling import (
+    Sampler,
+    Sampling,
+    check_seed,
+    largest,
+    nth_most_likely,
+    penalize,
+    sample,
+)
 
 PLAIN = Sampling(temperature=1.0, top_k=0)
 FOUR = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float64))  # by probability: 1, 3, 2, 0
@@ -105,7 +113,8 @@ def test_equal_logits_are_taken_by_id():
     assert kept(five, PLAIN) == kept(five, dataclasses.replace(PLAIN, min_p=1.0)) == [*range(5)]
     logits = np.zeros(2000, np.float32)
     logits[[3, 1999]] = 1
-    assert most_likely(logits, 4)[0].tolist() == [3, 1999, 0, 1]
+    values, _ = largest(logits, 4)
+    assert [nth_most_likely(logits, values, n) for n in range(4)] == [3, 1999, 0, 1]
 
 
 def test_minus_infinity_is_never_drawn():
@@ -168,13 +177,16 @@ def test_draws_follow_the_definition_in_large_vocabularies(seed, size, spread, s
 
 
 @given(seed=st.integers(0, 2**32), size=st.integers(1, 3000), levels=st.integers(1, 400))
-def test_most_likely_is_a_sort_by_value_then_id(seed, size, levels):
+def test_the_largest_are_a_sort_by_value_then_id(seed, size, levels):
     rng = np.random.default_rng(seed)
     logits = rng.integers(0, levels, size).astype(np.float32) * (-1 if seed % 3 else 1)
     k = int(rng.integers(1, size + 1)) if seed % 2 else min(size, 50)
-    ids, values = most_likely(logits, k)
-    assert ids.tolist() == np.argsort(-logits, kind="stable")[:k].tolist()
-    assert (values == logits[ids]).all()
+    expected = np.argsort(-logits, kind="stable")[:k]
+    for guess in (np.inf, -np.inf, 0.0, float(logits[expected[-1]]), float(logits[0])):
+        values, _ = largest(logits, k, guess)
+        assert values == logits[expected].tolist()
+    some = range(0, k, 1 + k // 20)
+    assert [nth_most_likely(logits, values, n) for n in some] == expected[some].tolist()
 
 
 @pytest.mark.parametrize(
@@ -276,3 +288,19 @@ def test_a_seed_out_of_range_is_refused(seed):
 @pytest.mark.parametrize("seed", [0, 2**63 - 1, np.int64(5)])
 def test_seeds_of_63_bits_are_accepted(seed):
     check_seed(seed)
+
+
+@pytest.mark.parametrize("changes", [{}, {"top_k": 0}, {"top_k": 0, "top_p": 0.9}])
+def test_what_a_sampler_remembers_never_changes_a_token(changes):
+    """Logits that drift, jump, and become NaN in one place."""
+    sampling = Sampling(**changes)
+    sampler = Sampler(sampling)
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=3000).astype(np.float32)
+    for step in range(200):
+        logits += rng.normal(size=3000).astype(np.float32) / 4 + (10 if step % 50 == 49 else -0.1)
+        u = uniform(1, step)
+        assert sampler.sample(logits, u) == sample(logits, u, sampling)
+    logits[1234] = np.nan
+    with pytest.raises(PicoEdgeError, match="nan"):
+        sampler.sample(logits, 0.5)

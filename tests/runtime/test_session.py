@@ -20,8 +20,9 @@ from pico_edge.runtime.session import (
 )
 
 DATA = Path(__file__).parents[1] / "data"
-# Of the largest logit. fp32 sums differ in order only; int8 kernels also round activations, and where
-# such a difference moves one of them over the edge of a step, the logits move by up to 5e-3 of it.
+# Of the largest logit. fp32 sums differ in order only; int8 kernels also round activations, and
+# where such a difference moves one of them over the edge of a step, the logits move by up to 5e-3
+# of it.
 TOLERANCE = {"tiny_fp32.onnx": 1e-5, "tiny.onnx": 1e-2}
 
 
@@ -65,7 +66,7 @@ def test_prefill_of_every_length_matches_one_call(model, text):
         cache.reset()
         logits = cache.prefill([ids[:length]])
         assert logits.shape == (1, model.config.vocab_size)
-        assert cache.lengths.tolist() == [length]
+        assert cache.lengths == [length]
         close(model, logits[0], expected[length - 1])
 
 
@@ -74,7 +75,7 @@ def test_decode_at_every_length_matches_one_call(model, text):
     cache = model.new_cache()
     for position, token_id in enumerate(ids):
         close(model, cache.decode([token_id])[0], expected[position])
-    assert cache.lengths.tolist() == [len(ids)]
+    assert cache.lengths == [len(ids)]
 
 
 def test_a_chunk_at_every_length_matches_one_call(model, text):
@@ -119,11 +120,11 @@ def test_rows_of_a_batch_are_those_of_single_runs(model, text):
     cache.truncate(0, 3)
     cache.truncate(1, 0)
     lengths[:2] = [3, 0]
-    assert cache.lengths.tolist() == lengths
+    assert cache.lengths == lengths
     for _ in range(len(ids) - max(lengths)):
         close(model, cache.decode([ids[n] for n in lengths]), expected[lengths])
         lengths = [n + 1 for n in lengths]
-    assert cache.lengths.tolist() == lengths
+    assert cache.lengths == lengths
 
 
 def test_replay_where_chunks_cannot_be_appended_gives_the_same(model, text):
@@ -171,12 +172,12 @@ def test_decode_logits_are_one_array_and_prefill_logits_the_callers(fp32):
 def test_a_full_row_refuses_more(fp32):
     cache = fp32.new_cache(2, capacity=4)
     cache.prefill([[1, 2, 3, 4], [1]])
-    before = cache.lengths.tolist()
+    before = list(cache.lengths)
     with pytest.raises(ValueError, match="the cache holds 4"):
         cache.decode([1, 1])
     with pytest.raises(ValueError, match="the cache holds 4"):
         cache.append(1, [1, 2, 3, 4])
-    assert cache.lengths.tolist() == before
+    assert cache.lengths == before
     cache.append(1, [1, 2, 3])
 
 
@@ -197,7 +198,7 @@ def test_wrong_calls_say_what_they_are_and_change_nothing(fp32, call, message):
     cache = fp32.new_cache(2, capacity=8)
     with pytest.raises(ValueError, match=message):
         call(cache)
-    assert cache.lengths.tolist() == [0, 0]
+    assert cache.lengths == [0, 0]
 
 
 def test_prefill_needs_an_empty_cache(fp32):
