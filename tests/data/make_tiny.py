@@ -2,8 +2,8 @@
 
     python tests/data/make_tiny.py
 
-Needs pico-edge[all]. Tests and CI run the files where neither torch nor onnx is installed. Make them
-again when the format of model.onnx changes; no test depends on their weights.
+Needs pico-edge[all]. Tests and CI run the files where neither torch nor onnx is installed. Make
+them again when the format of model.onnx changes; no test depends on their weights.
 """
 
 from __future__ import annotations
