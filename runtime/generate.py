@@ -313,8 +313,11 @@ class _Text:
         """Choose the next token; the text that is ready to be shown. full: so is the window."""
         if self._penalizes:
             logits = penalize(logits, self._seen, self._counts, self.sampling)
-        u = self._uniform() if self.sampling.temperature else 0.0
-        token_id = self._sampler.sample(logits, u)
+        if not self._uniforms:
+            ahead = uniforms(self._seed, len(self.ids), self._number, n=UNIFORMS_AHEAD)
+            self._uniforms = ahead[::-1]
+        u = self._uniforms.pop()
+        token_id = self._sampler.draw(logits, u)
         if token_id == self._eot_id:
             self.finish_reason = "eos"
             return self._ready("")
@@ -327,13 +330,6 @@ class _Text:
         elif full and self.sampling.context_overflow == "stop":
             self.finish_reason = "context"
         return self._ready(self._stream.feed((token_id,)))
-
-    def _uniform(self) -> float:
-        """The random number of the next token's position."""
-        if not self._uniforms:
-            ahead = uniforms(self._seed, len(self.ids), self._number, n=UNIFORMS_AHEAD)
-            self._uniforms = ahead[::-1]
-        return self._uniforms.pop()
 
     def _ready(self, piece: str) -> str:
         """What can be shown now that this piece came; notices stops."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pico_edge.train.muon import Muon
 from pico_edge.train.settings import Recipe
 
 
@@ -53,12 +54,7 @@ def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimi
     )
     if not hidden:
         return [adamw]
-    muon = torch.optim.Muon(
-        hidden,
-        lr=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        adjust_lr_fn="match_rms_adamw",  # one learning rate serves both
-    )
+    muon = Muon(hidden, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     return [adamw, muon]
 
 

@@ -37,7 +37,7 @@ def scripted(model, monkeypatch):
 
     def script(*ids):
         said = itertools.cycle(ids)
-        monkeypatch.setattr(generate_module.Sampler, "sample", lambda *_: next(said))
+        monkeypatch.setattr(generate_module.Sampler, "draw", lambda *_: next(said))
         return model
 
     return script
