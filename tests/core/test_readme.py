@@ -12,6 +12,8 @@ import typer
 from typer.main import get_command
 
 from pico_edge.cli import app
+from pico_edge.errors import ArtefactError, DivergedError, PicoEdgeError, UsageError
+from pico_edge.train.settings import PRESET_BELOW_BYTES, PRESETS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -136,3 +138,35 @@ def test_make_targets_named_in_the_readme_exist() -> None:
 )
 def test_commands_are_found_in_a_block(block: str, expected: list[list[str]]) -> None:
     assert list(arguments(block)) == expected
+
+
+def test_the_table_of_sizes_is_that_of_the_code() -> None:
+    pytest.importorskip("torch")
+    from pico_edge.train.data import default_tokenizer
+
+    rows = re.findall(
+        r"^\| [\w ]+ \| (\w+) \| (\d+) x (\d+) \((\d+)\) \| (\d+) \| (\w+)", README, re.M
+    )
+    found = {name: tuple(map(int, numbers)) for name, *numbers, _ in rows}
+    assert found == {
+        name: (p.n_layer, p.n_embd, p.n_head, p.block_size)
+        for name, p in PRESETS.items()
+        if name in (*PRESET_BELOW_BYTES, "small")
+    }
+    limits = {"100 kB": "nano", "2 MB": "micro", "50 MB": "mini"}
+    sizes = {"kB": 1_000, "MB": 1_000_000}
+    for limit, name in limits.items():
+        number, unit = limit.split()
+        assert f"| below {limit} | {name} |" in README
+        assert PRESET_BELOW_BYTES[name] == int(number) * sizes[unit]
+    for n_bytes, (*_, tokens) in zip((1, 1_999_999, 2_000_000, 50_000_000), rows, strict=True):
+        kind, vocab_size = default_tokenizer(n_bytes)
+        assert tokens == ("bytes" if kind == "simple" else str(vocab_size))
+
+
+def test_the_exit_codes_in_the_readme_are_those_of_the_errors() -> None:
+    text = " ".join(README.split())
+    said = "1 failed, 2 wrong usage, 3 an input file refused, 4 training diverged, 128+n"
+    assert said in text
+    errors = (PicoEdgeError, UsageError, ArtefactError, DivergedError)
+    assert [error.exit_code for error in errors] == [1, 2, 3, 4]
