@@ -55,7 +55,7 @@ class SimpleTokenizer:
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """UTF-8 bytes of ids, none for the end of text. UsageError for an id without text."""
         _check_ids(ids, self.n_vocab)
-        return b"".join([self.bytes_of[i] for i in ids])
+        return bytes(i for i in ids if i != self.eot_id)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD."""
@@ -119,7 +119,7 @@ class BPETokenizer:
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """UTF-8 bytes of ids, none for the end of text. UsageError for an id without text."""
         _check_ids(ids, self.n_vocab)
-        return b"".join([self.bytes_of[i] for i in ids])
+        return b"".join(self.bytes_of[i] for i in ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD."""
