@@ -240,7 +240,9 @@ def _run(
     rows = list(logits[:, :n_vocab])
     token_ids = [0] * len(texts)
     live = [(row, text) for row, text in enumerate(texts) if text.finish_reason is None]
+    idle = [row for row, text in enumerate(texts) if text.finish_reason is not None]
     while True:
+        ended = False
         for row, text in live:
             piece = text.draw(rows[row], full=cache.lengths[row] == window)
             now = clock()
@@ -248,16 +250,19 @@ def _run(
             if piece:
                 yield row, piece
                 paused += clock() - now
+            if text.finish_reason is not None:
+                ended = True
         if cancel is not None and cancel():
             for _, text in live:
                 text.finish_reason = text.finish_reason or "cancelled"
-        live = [(row, text) for row, text in live if text.finish_reason is None]
-        if not live:
-            return
-        if len(live) < len(texts):
-            for row, text in enumerate(texts):
-                if text.finish_reason is not None:
-                    cache.truncate(row, 0)
+            ended = True
+        if ended:
+            idle += [row for row, text in live if text.finish_reason is not None]
+            live = [(row, text) for row, text in live if text.finish_reason is None]
+            if not live:
+                return
+        for row in idle:
+            cache.truncate(row, 0)
         for row, text in live:
             token_ids[row] = text.ids[-1]
             if cache.lengths[row] == window:
@@ -294,6 +299,7 @@ class _Text:
         self.started = self.prefill_s = 0.0
         self.drawn_s: list[float] = []  # when each token was drawn
         self._n_prompt = len(self.ids)
+        self._end = self._n_prompt + sampling.max_new_tokens
         self._eot_id = tokenizer.eot_id
         self._stream = TextStream(tokenizer)
         self._stops = stops
@@ -325,11 +331,15 @@ class _Text:
         if self._penalizes:
             self._seen[token_id] = True
             self._counts[token_id] += 1
-        if len(self.ids) - self._n_prompt == self.sampling.max_new_tokens:
+        if len(self.ids) == self._end:
             self.finish_reason = "length"
         elif full and self.sampling.context_overflow == "stop":
             self.finish_reason = "context"
-        return self._ready(self._stream.feed((token_id,)))
+        piece = self._stream.feed((token_id,))
+        if self.finish_reason or self._stops:
+            return self._ready(piece)
+        self._pieces.append(piece)
+        return piece
 
     def _ready(self, piece: str) -> str:
         """What can be shown now that this piece came; notices stops."""

@@ -271,7 +271,8 @@ class Cache:
         self.session.ort.run_with_iobinding(binding)
         if self.session.device != "cpu":
             binding.synchronize_outputs()
-        self.lengths = [length + 1 for length in lengths]
+        for row in range(self.batch):
+            lengths[row] += 1
         if self._history is not None:
             for history, token_id in zip(self._history, token_ids, strict=True):
                 history.append(int(token_id))
