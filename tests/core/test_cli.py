@@ -226,7 +226,7 @@ def test_any_locale_prints_utf8_and_no_escape_codes(locale: str) -> None:
     assert re.search(rb"decode [\d]+ tokens/s.* seed 1\n$", done.stderr)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows passes text, not bytes: PICO_EDGE_DATA aside")
+@pytest.mark.skipif(os.name == "nt", reason="Windows passes text, not bytes")
 def test_bytes_that_are_no_text_in_the_arguments_do_no_harm() -> None:
     done = run("generate", str(TINY), b"a\xffb", "-n", "4", "--seed", "1")
     assert done.returncode == 0
@@ -249,7 +249,7 @@ def test_a_reader_that_goes_away_ends_it_silently() -> None:
     process.stderr.close()
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full: PICO_EDGE_DATA aside")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_behind_stdout_is_an_error() -> None:
     with open("/dev/full", "wb") as full:
         done = subprocess.run(

@@ -120,7 +120,8 @@ def test_a_run_learns_and_leaves_what_it_promises(whole, data):
         "tokens_per_second",
     ]
     assert rows[0]["tokens"] == 20 * 2 * 4 * 16
-    assert rows[-1]["val_loss"] < 3.5 < rows[0]["val_loss"]  # ln 257 = 5.5 at the start
+    assert rows[-1]["val_loss"] < rows[0]["val_loss"] < 5.0  # ln 257 = 5.5 at the start
+    assert rows[-1]["val_loss"] < 2.5
     folder = whole / "ckpt.run"
     names = {"last.pt", "last.prev.pt", "metrics.jsonl", "samples.txt", "loss.png", "lock"}
     assert names <= {path.name for path in folder.iterdir()}
