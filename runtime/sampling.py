@@ -32,6 +32,7 @@ from pico_edge.errors import PicoEdgeError, UsageError
 ContextOverflow = Literal["slide", "stop"]
 Logits = npt.NDArray[np.floating[Any]]
 
+FLOAT32 = np.dtype(np.float32)
 MAX_SEED = (1 << 63) - 1
 # Below it logits would overflow; long before, only the largest have any chance.
 MIN_TEMPERATURE = 1e-200
@@ -119,11 +120,12 @@ class Sampler:
         Between two steps of a model the caches are cold: each function entered and each numpy
         function touched costs 2 to 5 us, more than what they compute.
         """
-        if not self._usual or logits.dtype != np.float32:
+        if not self._usual or logits.dtype is not FLOAT32:
             return self.sample(logits, u)
-        k = self.sampling.top_k
-        pool = logits[~(logits <= self._guess)]
-        if not k < pool.size <= SPARE * SPARE * k < logits.size:
+        k, exp = self.sampling.top_k, math.exp
+        pool = logits[~(logits <= self._guess)]  # so that a NaN is found
+        size = pool.size
+        if not k < size <= SPARE * SPARE * k < logits.size:
             return self.sample(logits, u)
         pool.sort()
         values: list[float] = pool.tolist()
@@ -131,13 +133,12 @@ class Sampler:
         highest, divisor = values[0], self.sampling.temperature
         if not highest < math.inf:
             return self.sample(logits, u)  # which says what is wrong
-        weights = [math.exp((value - highest) / divisor) for value in values[:k]]
+        weights = [exp((value - highest) / divisor) for value in values[:k]]
         cumulative = list(itertools.accumulate(weights))
         n = bisect.bisect_right(cumulative, u * cumulative[-1])
         value = values[n]
-        self._guess = values[min(SPARE * k, pool.size) - 1]
-        if pool.size < SPARE * k:
-            self._guess -= MARGIN * (highest - self._guess)
+        guess = values[min(SPARE * k, size) - 1]
+        self._guess = guess if size > SPARE * k else guess - MARGIN * (highest - guess)
         equal = logits == value
         before = n - values.index(value)
         return int(equal.nonzero()[0][before] if before else equal.argmax())
