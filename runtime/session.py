@@ -399,7 +399,7 @@ def choose_provider(
             return made_for, []
         return "cpu", [
             f"{file} is made for {made_for}, which this onnxruntime does not have: running on cpu"
-            f" (pip install {DISTRIBUTIONS[made_for]}, or pico-edge export ckpt.pt --target cpu)"
+            f" (pip install {DISTRIBUTIONS[made_for]})"
         ]
     problems = []
     if wanted not in here:
@@ -410,7 +410,7 @@ def choose_provider(
     if wanted not in ("cpu", made_for):
         problems.append(
             f"{file} is made for {made_for}, not {wanted}: "
-            f"pico-edge export ckpt.pt --target {wanted}"
+            f"run it with --provider {made_for}, or without --provider"
         )
     if problems:
         raise PicoEdgeError("; ".join(problems))

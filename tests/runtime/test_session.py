@@ -270,10 +270,10 @@ def test_provider_choice(wanted, target, available, chosen, notices):
 @pytest.mark.parametrize(
     ("wanted", "target", "available", "parts"),
     [
-        ("cuda", "cpu", [CUDA, CPU], ["made for cpu", "pico-edge export ckpt.pt --target cuda"]),
-        ("cuda", "cpu", [CPU], ["not in this onnxruntime", "onnxruntime-gpu", "--target cuda"]),
+        ("cuda", "cpu", [CUDA, CPU], ["made for cpu", "run it with --provider cpu"]),
+        ("cuda", "cpu", [CPU], ["not in this onnxruntime", "onnxruntime-gpu", "--provider cpu"]),
         ("cuda", "cuda", [CPU], ["not in this onnxruntime", "which has cpu", "onnxruntime-gpu"]),
-        ("cuda", "directml", [CUDA, CPU], ["made for directml", "--target cuda"]),
+        ("cuda", "directml", [CUDA, CPU], ["made for directml", "--provider directml"]),
         ("directml", "directml", [CPU], ["pip install onnxruntime-directml"]),
     ],
 )
