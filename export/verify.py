@@ -88,7 +88,7 @@ def check_parity(parity: Parity) -> None:
 
 
 def parity_record(session: Session, ids: Sequence[int], parity: Parity) -> dict[str, Any]:
-    """What `pico-edge verify` repeats on the device, without torch: a prompt, its greedy
+    """What can be repeated on the device, without torch: a prompt, its greedy
     continuation
     by this very file on this machine, and the largest logits after the prompt."""
     prompt = [int(i) for i in ids[: _prompt_tokens(session.config.block_size)]]
