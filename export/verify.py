@@ -88,9 +88,11 @@ def check_parity(parity: Parity) -> None:
 
 
 def parity_record(session: Session, ids: Sequence[int], parity: Parity) -> dict[str, Any]:
-    """What can be repeated on the device, without torch: a prompt, its greedy
-    continuation
-    by this very file on this machine, and the largest logits after the prompt."""
+    """What can be repeated on the device, without torch.
+
+    A prompt, its greedy continuation by this very file on this machine, and the largest logits
+    after the prompt.
+    """
     prompt = [int(i) for i in ids[: _prompt_tokens(session.config.block_size)]]
     n_vocab = session.tokenizer.n_vocab
     logits = session.new_cache().prefill([prompt])[0, :n_vocab]
