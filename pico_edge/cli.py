@@ -144,7 +144,7 @@ def train(
     grad_accum: Annotated[int | None, _chosen("Batches to one update.")] = None,
     optimizer: Annotated[str | None, _chosen("Optimizer.", "|".join(OPTIMIZERS))] = None,
     learning_rate: Annotated[float | None, _chosen("Its peak.", "X")] = None,
-    min_lr: Annotated[float | None, _chosen("Its end. Default: a tenth of the peak.", "X")] = None,
+    min_lr: Annotated[float | None, _chosen("Its end. Default: 0.", "X")] = None,
     warmup_iters: Annotated[int | None, _chosen("Iterations that rise to the peak.")] = None,
     weight_decay: Annotated[float | None, _chosen("Of matrices.", "X")] = None,
     beta1: Annotated[float | None, _chosen("Memory of the gradient.", "X")] = None,

@@ -67,7 +67,7 @@ def lay_schedule(
 def measure(trainer: Trainer, data: TokenData, sample: Callable[[], object]) -> Speed:
     """Time steps at learning rate 0, which change no weight, two evaluation batches, a sample."""
     recipe = trainer.recipe
-    trainer.optimizers = make_optimizers(trainer.model, recipe)
+    trainer.optimizers = make_optimizers(trainer.model, recipe, trainer.dtype)
     for step in range(WARM_UP_STEPS):
         train_step(trainer, step, 0.0)
     begin = time.perf_counter()

@@ -8,7 +8,6 @@ Try: `learning_rate(0, peak=1e-3, min_lr=1e-4, warmup_iters=100, max_iters=2000)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from pico_edge.train.settings import Recipe
 def learning_rate(
     step: int, *, peak: float, min_lr: float, warmup_iters: int, max_iters: int
 ) -> float:
-    """Rate of the update that ends step `step`: a linear rise, then half a cosine to min_lr.
+    """Rate of the update that ends step `step`: a linear rise, then a linear fall to min_lr.
 
     The first of warmup_iters updates has peak / warmup_iters, the last of max_iters has min_lr.
     """
@@ -31,18 +30,23 @@ def learning_rate(
     if step + 1 >= max_iters:
         return min_lr
     progress = (step - warmup_iters) / max(1, max_iters - 1 - warmup_iters)
-    return min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (peak - min_lr)
+    return peak + progress * (min_lr - peak)
 
 
-def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Optimizers that together hold every parameter of a model once."""
+def make_optimizers(
+    model: nn.Module, recipe: Recipe, dtype: torch.dtype = torch.float32
+) -> list[torch.optim.Optimizer]:
+    """Optimizers that together hold every parameter of a model once.
+
+    dtype: of the matrix products of training; Muon's are made in bfloat16 where those are.
+    """
     parameters = dict(model.named_parameters())  # a tied table appears once
     matrices = {name: p for name, p in parameters.items() if p.dim() >= 2}
     vectors = [p for p in parameters.values() if p.dim() < 2]
-    hidden: list[nn.Parameter] = []
+    hidden: dict[str, nn.Parameter] = {}
     if recipe.optimizer == "muon":
-        hidden = [p for name, p in matrices.items() if name.startswith("transformer.h.")]
-        matrices = {n: p for n, p in matrices.items() if not n.startswith("transformer.h.")}
+        hidden = {n: p for n, p in matrices.items() if n.startswith("transformer.h.")}
+        matrices = {n: p for n, p in matrices.items() if n not in hidden}
     adamw = torch.optim.AdamW(
         [
             {"params": list(matrices.values()), "weight_decay": recipe.weight_decay},
@@ -54,7 +58,15 @@ def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimi
     )
     if not hidden:
         return [adamw]
-    muon = Muon(hidden, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    fused = [p for name, p in hidden.items() if name.endswith("attn.c_attn.weight")]
+    single = [p for name, p in hidden.items() if not name.endswith("attn.c_attn.weight")]
+    muon = Muon(
+        [{"params": fused, "parts": 3}, {"params": single}],
+        lr=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        momentum=recipe.momentum,
+        dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32,
+    )
     return [adamw, muon]
 
 
