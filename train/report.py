@@ -26,7 +26,10 @@ from pico_edge import publish
 LINE_EVERY_S = 30.0
 REWRITE_EVERY_S = 0.2
 # A sample of the best model so far, up to the line above the next one.
-SAMPLE = r"(?:^|\n\n)=== iteration \d+, [^\n]*, best so far\n(.*?)(?=\n\n=== iteration |\Z)"
+SAMPLE = (
+    r"(?:^|\n\n)=== iteration \d+, held-out loss [\d.]+, best so far\n"
+    r"(.*?)(?=\n\n=== iteration \d+, held-out loss |\Z)"
+)
 
 
 class Reporter:

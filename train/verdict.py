@@ -69,7 +69,8 @@ class Verdict(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """The end of a run. Losses in nats per token; fall: of the held-out loss, a share of it."""
+    """The end of a run. Losses in nats per token; fall: a share of the held-out loss, over the
+    last_iters iterations of its last quarter."""
 
     best_val_loss: float
     best_bits_per_byte: float
@@ -78,6 +79,7 @@ class Curve(NamedTuple):
     train_loss: float
     val_loss: float
     fall: float
+    last_iters: int
 
 
 def judge(rows: Sequence[Mapping[str, Any]], facts: Facts) -> Verdict:
@@ -85,11 +87,8 @@ def judge(rows: Sequence[Mapping[str, Any]], facts: Facts) -> Verdict:
     if facts.stopped == "signal":
         return Verdict("unfinished", "stopped before its end", facts.resume_command)
     if len(rows) < MIN_EVALUATIONS:
-        return Verdict(
-            "short",
-            f"{len(rows)} evaluations are too few to judge",
-            f"more time: {_more_time(facts, 4)}",
-        )
+        finding = f"evaluated too seldom to judge ({len(rows)}, of at least {MIN_EVALUATIONS})"
+        return Verdict("short", finding, _faster(facts))
     curve = summarize(rows)
     by_heart = _by_heart(curve)
     if (
@@ -126,6 +125,7 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> Curve:
         train_loss=sum(row["train_loss"] for row in rows[-2:]) / 2,
         val_loss=sum(row["val_loss"] for row in rows[-2:]) / 2,
         fall=float(-slope * (steps[-1] - steps[0]) / losses.mean()),
+        last_iters=int(steps[-1] - steps[0]),
     )
 
 
@@ -142,9 +142,7 @@ def _learnt_nothing(curve: Curve, facts: Facts) -> Verdict:
         f"each token occurs gives {facts.baseline_bits_per_byte:.2f}"
     )
     if curve.fall > NOISE:
-        smaller = _smaller(facts.preset)
-        other = "" if smaller is None else f", or a smaller model: --preset {smaller} --force"
-        return Verdict("learnt_nothing", finding, f"more time: {_more_time(facts, 4)}{other}")
+        return Verdict("learnt_nothing", finding, _faster(facts))
     advice = "look at the text: compressed, encrypted or random data has no pattern to learn"
     return Verdict("learnt_nothing", finding, advice)
 
@@ -175,16 +173,10 @@ def _memorised(rows: Sequence[Mapping[str, Any]], curve: Curve, facts: Facts) ->
 
 def _improving(curve: Curve, facts: Facts) -> Verdict:
     finding = (
-        f"still improving: the held-out loss fell by {100 * curve.fall:.1f} % in the last quarter"
+        f"still improving: the held-out loss fell by {100 * curve.fall:.1f} % over the last "
+        f"{curve.last_iters} iterations"
     )
-    smaller = _smaller(facts.preset)
-    if curve.fall > STEEP and smaller is not None:
-        advice = (
-            f"more time: {_more_time(facts, 4)}; or a model that learns faster: "
-            f"--preset {smaller} --force"
-        )
-    else:
-        advice = f"more time: {_more_time(facts, 2)}"
+    advice = _faster(facts) if curve.fall > STEEP else f"more time: {_more_time(facts, 2)}"
     return Verdict("improving", finding, advice)
 
 
@@ -200,6 +192,15 @@ def _converged(curve: Curve, facts: Facts) -> Verdict:
         finding,
         f"a larger model: --preset {larger} {_more_time(facts, 2)}",
     )
+
+
+def _faster(facts: Facts) -> str:
+    """For a run that ended far from the end of what it can learn."""
+    smaller = _smaller(facts.preset)
+    other = (
+        "" if smaller is None else f"; or a model that learns faster: --preset {smaller} --force"
+    )
+    return f"more time: {_more_time(facts, 4)}{other}"
 
 
 def _more_time(facts: Facts, factor: int) -> str:
