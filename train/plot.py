@@ -18,8 +18,8 @@ from pico_edge.train.report import read_metrics
 
 EVERY_S = 30.0
 SHARE = 0.02  # of the run's time, at most
-# Import and first drawing, before any was timed. Measured on a 2-core EPYC: 0.6 to 1.2.
-FIRST_S = 1.5
+# Import and first drawing, before any was timed. Measured on two cores of an EPYC: 0.3, then 0.08.
+FIRST_S = 1.0
 
 
 class LossPlot:

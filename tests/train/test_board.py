@@ -9,7 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pico_edge.cli import main
-from pico_edge.train.board import CURVES
+from pico_edge.train.board import CURVES, open_board
 from pico_edge.train.loop import train
 from pico_edge.train.report import Reporter
 from pico_edge.train.settings import TrainSettings
@@ -62,6 +62,20 @@ def test_a_resumed_run_has_every_point_once_and_starting_over_none_of_the_old(tm
     assert len(list(folder.iterdir())) == 1
     train([data], settings(tmp_path, force=True), reporter=silent)
     assert not folder.exists()
+
+
+def test_what_a_killed_run_wrote_after_its_checkpoint_is_void(tmp_path):
+    values = dict.fromkeys(CURVES.values(), 1.0)
+    board = open_board(tmp_path, step=0)
+    for step in (20, 40, 60):
+        board.write(values | {"iter": step}, "killed")
+    board.close()
+    board = open_board(tmp_path, step=20)
+    board.write(values | {"iter": 40, "grad_norm": None}, "resumed")
+    board.close()
+    found = events(tmp_path)
+    assert [event.step for event in found.Scalars("loss/training")] == [20, 40]
+    assert [event.step for event in found.Scalars("run/gradient norm")] == [20]
 
 
 def test_without_the_extra_the_flag_is_refused_before_any_work(tmp_path, monkeypatch, capsys):

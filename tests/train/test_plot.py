@@ -25,8 +25,8 @@ def test_a_picture_needs_two_evaluations(tmp_path):
 
 
 def test_drawing_waits_until_it_costs_next_to_nothing():
-    assert not is_due(run_s=60, since_s=60, spent_s=0, next_s=1.5)
-    assert is_due(run_s=80, since_s=80, spent_s=0, next_s=1.5)
+    assert not is_due(run_s=40, since_s=40, spent_s=0, next_s=1.0)
+    assert is_due(run_s=60, since_s=60, spent_s=0, next_s=1.0)
     assert not is_due(run_s=1000, since_s=EVERY_S - 1, spent_s=0, next_s=0.1)
     assert not is_due(run_s=1000, since_s=500, spent_s=SHARE * 1000, next_s=0.1)
 
@@ -41,6 +41,8 @@ def test_a_refresh_draws_when_due_and_counts_what_it_cost(tmp_path, monkeypatch)
     monkeypatch.setattr("pico_edge.train.plot.SHARE", 1e9)
     plot.refresh()
     assert image.exists()
+    plot.refresh()
+    assert plot._spent_s > plot._next_s > 0  # two drawings, and the last
     monkeypatch.setattr("pico_edge.train.plot.SHARE", 1e-9)
     image.unlink()
     plot.refresh()
