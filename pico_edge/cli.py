@@ -183,6 +183,9 @@ def train(
     text_field: Annotated[
         str, typer.Option(metavar="NAME", help="Of the objects in .jsonl.")
     ] = TrainSettings.text_field,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write event files too; needs the extra log.")
+    ] = False,
     json_: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -229,6 +232,7 @@ def train(
         force=force,
         encoding=encoding,
         text_field=text_field,
+        tensorboard=tensorboard,
     )
     _require_extra("train", "torch")
     with _Signals() as signals:

@@ -1,7 +1,8 @@
 """Where a run keeps its files, and what it refuses or clears before it begins.
 
     ckpt.pt          the model with the best held-out loss
-    ckpt.run/        last.pt, last.prev.pt, metrics.jsonl, samples.txt, loss.png, token cache, lock
+    ckpt.run/        last.pt, last.prev.pt, metrics.jsonl, samples.txt, loss.png, token cache, lock;
+                     tensorboard/ where it is asked for
 
 Try: `run_paths("ckpt.pt").last` -> ckpt.run/last.pt.
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from pico_edge import publish
 from pico_edge.errors import UsageError
+from pico_edge.train.board import remove_events
 
 MAX_NAME_BYTES = 255  # of most file systems
 
@@ -31,6 +33,7 @@ class RunPaths:
     metrics: Path
     samples: Path
     image: Path
+    tensorboard: Path
 
 
 def run_paths(out: str | os.PathLike[str]) -> RunPaths:
@@ -48,6 +51,7 @@ def run_paths(out: str | os.PathLike[str]) -> RunPaths:
         metrics=folder / "metrics.jsonl",
         samples=folder / "samples.txt",
         image=folder / "loss.png",
+        tensorboard=folder / "tensorboard",
     )
 
 
@@ -92,6 +96,7 @@ def clear_old_run(paths: RunPaths) -> None:
     records = (paths.metrics, paths.samples, paths.image)
     for path in (paths.last, paths.previous, paths.damaged, *records):
         path.unlink(missing_ok=True)
+    remove_events(paths.tensorboard)
 
 
 def check_space(paths: RunPaths, n_parameters: int) -> None:

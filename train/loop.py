@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pico_edge.errors import PicoEdgeError
+from pico_edge.train.board import open_board, require_tensorboard
 from pico_edge.train.checkpoint import (
     Checkpoint,
     library_versions,
@@ -32,29 +34,34 @@ from pico_edge.train.folder import (
     run_paths,
 )
 from pico_edge.train.lock import run_lock
+from pico_edge.train.mfu import Meter, peak_memory_bytes
 from pico_edge.train.optim import learning_rate
+from pico_edge.train.plot import LossPlot, draw_losses
+from pico_edge.train.progress import cut, evaluation_line, progress_line
 from pico_edge.train.report import (
     Reporter,
     TrainResult,
     append_metrics,
     append_sample,
+    best_sample,
     cut_file,
     cut_metrics,
-    draw_losses,
-    duration,
     one_line,
     quote,
-    verdict,
+    read_metrics,
 )
 from pico_edge.train.resume import resume_values
-from pico_edge.train.settings import TrainSettings
+from pico_edge.train.settings import DEFAULT_MINUTES, TrainSettings, nearest_preset
 from pico_edge.train.setup import Run, StrPath, set_up
 from pico_edge.train.signals import StopRequest, stop_requests
 from pico_edge.train.step import StepResult, divergence, memory_errors, train_step
+from pico_edge.train.verdict import Facts, Verdict, baseline, closing_lines, judge
 
 # Besides every evaluation: what a power cut may cost at most, in a run whose evaluations are far
 # apart.
 SAVE_EVERY_S = 300.0
+# From the start of either part: enough to know how often each token occurs.
+BASELINE_TOKENS = 1_000_000
 
 
 def train(
@@ -74,6 +81,8 @@ def train(
     started = time.perf_counter() if started is None else started
     reporter = Reporter() if reporter is None else reporter
     paths = run_paths(settings.out)
+    if settings.tensorboard:
+        require_tensorboard()
     find_files(data)  # a wrong name is refused before a folder is made
     open_folder(paths, resume=settings.resume, force=settings.force)
     with run_lock(paths.folder) as dead:
@@ -89,21 +98,27 @@ def train(
                 reporter.say("this run is finished: --init-from trains on from its model")
         else:
             clear_old_run(paths)
-        loop = _Loop(run, reporter, started - run.progress.elapsed_s)
+        loop = _Loop(run, reporter, started - run.progress.elapsed_s, settings)
         with stop_requests() as stop, memory_errors(run.trainer.recipe, run.trainer.model.config):
             loop.run_until_done(stop)
-        result = _result(run, stop, resume_command(data, settings))
-        if result.stopped != "signal":
+        loop.close()
+        command = resume_command(data, settings)
+        verdict = judge(read_metrics(paths.metrics), _facts(run, settings, command))
+        result = _result(run, stop, command, verdict)
+        sample = best_sample(paths.samples)
+        patience = run.trainer.recipe.patience
+        for line in closing_lines(result, verdict, patience=patience, sample=sample):
+            reporter.say(line)
+        # After the lines: who pressed Ctrl-C waits for these.
+        with loop.disk(paths.image, final=False):
             draw_losses(paths.metrics, paths.image)
-    for line in verdict(result, patience=run.trainer.recipe.patience):
-        reporter.say(line)
     return result
 
 
 class _Loop:
     """The loop and what it remembers between steps. epoch: perf_counter at elapsed_s 0."""
 
-    def __init__(self, run: Run, reporter: Reporter, epoch: float) -> None:
+    def __init__(self, run: Run, reporter: Reporter, epoch: float, settings: TrainSettings) -> None:
         self.run = run
         self.reporter = reporter
         self.epoch = epoch
@@ -111,6 +126,15 @@ class _Loop:
         self.rate = 0.0
         self.stepping_s = 0.0  # since the last evaluation, in this process
         self.steps = 0  # the same
+        self.val: tuple[float, float] | None = None  # last held-out loss, bits per byte
+        self.tokens_per_second = 0.0  # at the last evaluation
+        self.meter = Meter(run.trainer)
+        self.plot = LossPlot(run.paths.metrics, run.paths.image)
+        self.board = (
+            open_board(run.paths.tensorboard, step=run.progress.iter)
+            if settings.tensorboard
+            else None
+        )
         self.saved_at = time.monotonic()
 
     def run_until_done(self, stop: StopRequest) -> None:
@@ -139,18 +163,31 @@ class _Loop:
                 self._save_last(final=stop.signum is not None)
             done = progress.iter - first
             left_s = (time.perf_counter() - begin) / done * (recipe.max_iters - progress.iter)
-            self.reporter.progress(self._progress_line(left_s))
+            self.reporter.progress(functools.partial(self._progress_line, left_s))
 
-    def _progress_line(self, left_s: float) -> str:
+    def _progress_line(self, left_s: float, columns: int | None) -> str:
         progress, trainer = self.run.progress, self.run.trainer
-        speed = self.steps * trainer.tokens_per_iter / self.stepping_s if self.steps else 0.0
-        best = progress.best_val_loss
-        return (
-            f"iter {progress.iter}/{trainer.recipe.max_iters} | loss {self.last_step.loss:.3f}"
-            + (f" | best held out {best:.3f}" if best is not None else "")
-            + (f" | {speed:,.0f} tokens/s" if speed else "")
-            + f" | {duration(left_s)} left"
+        speed = self.tokens_per_second
+        if self.steps:
+            speed = self.steps * trainer.tokens_per_iter / self.stepping_s
+        val_loss, val_bpb = self.val or (None, None)
+        return progress_line(
+            step=progress.iter,
+            max_iters=trainer.recipe.max_iters,
+            loss=self.last_step.loss,
+            val_loss=val_loss,
+            bits_per_byte=val_bpb,
+            tokens_per_second=speed,
+            utilization=self.meter.text(speed),
+            memory_bytes=peak_memory_bytes(trainer.device),
+            left_s=left_s,
+            columns=columns,
         )
+
+    def close(self) -> None:
+        """End what stays open between evaluations."""
+        if self.board is not None:
+            self.board.close()
 
     def _evaluate(self, *, final: bool) -> None:
         """Measure the held-out loss, note it, keep the model if it is the best, save the state."""
@@ -165,15 +202,25 @@ class _Loop:
         progress.elapsed_s = time.perf_counter() - self.epoch
         progress.train_loss_sum, progress.train_loss_count = 0.0, 0
         self.steps, self.stepping_s = 0, 0.0
+        self.val, self.tokens_per_second = (val_loss, val_bpb), tokens_per_second
         is_best = progress.best_val_loss is None or val_loss < progress.best_val_loss
+        columns = self.reporter.columns
         self.reporter.say(
-            f"iter {progress.iter}/{recipe.max_iters} | train {train_loss:.4f} | held out "
-            f"{val_loss:.4f} | {val_bpb:.3f} bits/byte | {tokens_per_second:,.0f} tokens/s | "
-            f"{duration(progress.elapsed_s)}{' | best' if is_best else ''}"
+            evaluation_line(
+                step=progress.iter,
+                max_iters=recipe.max_iters,
+                train_loss=train_loss,
+                val_loss=val_loss,
+                bits_per_byte=val_bpb,
+                tokens_per_second=tokens_per_second,
+                elapsed_s=progress.elapsed_s,
+                is_best=is_best,
+                columns=columns,
+            )
         )
         seed = (recipe.seed + progress.iter) % 2**63
         text = sample_text(run.trainer.model, run.tokenizer, run.sample_prompt, seed=seed)
-        self.reporter.say("  " + one_line(text))
+        self.reporter.say(cut("  " + one_line(text), columns))
         metrics = {
             "iter": progress.iter,
             "tokens": progress.iter * run.trainer.tokens_per_iter,
@@ -182,19 +229,20 @@ class _Loop:
             "val_loss": val_loss,
             "val_bits_per_byte": val_bpb,
             "learning_rate": self.rate,
-            "grad_norm": self.last_step.grad_norm,
+            # Not finite where float16 has just found the limit of its loss scale.
+            "grad_norm": norm if math.isfinite(norm := self.last_step.grad_norm) else None,
             "tokens_per_second": tokens_per_second,
         }
         paths = run.paths
-        with self._disk(paths.metrics, final=final):
+        with self.disk(paths.metrics, final=final):
             append_metrics(paths.metrics, metrics)
-        with self._disk(paths.samples, final=final):
-            append_sample(paths.samples, progress.iter, text)
+        with self.disk(paths.samples, final=final):
+            append_sample(paths.samples, progress.iter, text, val_loss=val_loss, is_best=is_best)
             progress.samples_bytes = paths.samples.stat().st_size
         progress.evaluations_since_best += 1
         if is_best:
             # Where this save fails, a later model that beats the one on disk must still replace it.
-            with self._disk(paths.out, final=final):
+            with self.disk(paths.out, final=final):
                 save_checkpoint(paths.out, self._checkpoint(train_loss, val_loss, val_bpb))
                 progress.best_iter, progress.best_val_loss = progress.iter, val_loss
                 progress.best_val_bits_per_byte = val_bpb
@@ -204,6 +252,12 @@ class _Loop:
         elif recipe.patience and progress.evaluations_since_best >= recipe.patience:
             progress.finished = "patience"
         self._save_last(train_loss, val_loss, val_bpb, final=progress.finished is not None)
+        if self.board is not None:
+            with self.disk(paths.tensorboard, final=False):
+                self.board.write(metrics, text)
+        if progress.finished is None:
+            with self.disk(paths.image, final=False):
+                self.plot.refresh()
 
     def _save_last(
         self,
@@ -218,7 +272,7 @@ class _Loop:
         run.progress.elapsed_s = time.perf_counter() - self.epoch
         resume = resume_values(run.trainer, run.progress, compiled=run.compiled)
         checkpoint = self._checkpoint(train_loss, val_loss, val_bpb)
-        with self._disk(run.paths.last, final=final):
+        with self.disk(run.paths.last, final=final):
             save_checkpoint(
                 run.paths.last,
                 dataclasses.replace(checkpoint, resume=resume),
@@ -246,7 +300,7 @@ class _Loop:
         )
 
     @contextlib.contextmanager
-    def _disk(self, path: Path, *, final: bool) -> Iterator[None]:
+    def disk(self, path: Path, *, final: bool) -> Iterator[None]:
         """A write that fails is a warning while another one will come, else the end of the run."""
         try:
             yield
@@ -269,10 +323,39 @@ def resume_command(data: Sequence[StrPath], settings: TrainSettings) -> str:
             words += ["--" + name.replace("_", "-"), str(value)]
     if settings.compile is not None:
         words.append("--compile" if settings.compile else "--no-compile")
+    if settings.tensorboard:
+        words.append("--tensorboard")
     return " ".join(quote(word) for word in [*words, "--resume"])
 
 
-def _result(run: Run, stop: StopRequest, command: str) -> TrainResult:
+def _facts(run: Run, settings: TrainSettings, command: str) -> Facts:
+    """What the verdict needs beside the evaluations."""
+    recipe, config, data = run.trainer.recipe, run.trainer.model.config, run.data
+    minutes = DEFAULT_MINUTES if settings.minutes is None else settings.minutes
+    if settings.resume and settings.minutes is None:
+        minutes = run.progress.elapsed_s / 60
+    bytes_per_token = data.n_val_bytes / len(data.val)
+    val = data.val[:BASELINE_TOKENS]
+    return Facts(
+        stopped=run.progress.finished or "signal",
+        preset=nearest_preset(config),
+        dropout=config.dropout,
+        minutes=None if settings.max_iters is not None else minutes,
+        max_iters=recipe.max_iters,
+        tokens_per_epoch=len(data.train),
+        train_bytes=round(len(data.train) * bytes_per_token),
+        baseline_bits_per_byte=baseline(
+            data.train[:BASELINE_TOKENS],
+            val,
+            n_vocab=run.tokenizer.n_vocab,
+            n_val_bytes=round(len(val) * bytes_per_token),
+        ),
+        learning_rate=recipe.learning_rate,
+        resume_command=command,
+    )
+
+
+def _result(run: Run, stop: StopRequest, command: str, verdict: Verdict) -> TrainResult:
     progress = run.progress
     return TrainResult(
         file=None if progress.best_iter is None else str(run.paths.out),
@@ -288,4 +371,6 @@ def _result(run: Run, stop: StopRequest, command: str) -> TrainResult:
         val_loss=progress.best_val_loss,
         val_bits_per_byte=progress.best_val_bits_per_byte,
         resume_command=command,
+        verdict=verdict.word,
+        advice=verdict.advice,
     )

@@ -1,4 +1,4 @@
-"""What a run says and leaves to read: progress, `metrics.jsonl`, `samples.txt`, `loss.png`.
+"""What a run says and leaves to read: the terminal, the result, `metrics.jsonl`, `samples.txt`.
 
 Knows nothing of torch. On a terminal the progress line is rewritten in place, elsewhere there are
 plain lines; no colours anywhere.
@@ -8,15 +8,14 @@ Try: `Reporter(sys.stderr).say("hello")`.
 
 from __future__ import annotations
 
-import io
 import json
 import os
+import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,6 +25,11 @@ from pico_edge import publish
 # Between plain progress lines, where none can be rewritten.
 LINE_EVERY_S = 30.0
 REWRITE_EVERY_S = 0.2
+# A sample of the best model so far, up to the line above the next one.
+SAMPLE = (
+    r"(?:^|\n\n)=== iteration \d+, held-out loss [\d.]+, best so far\n"
+    r"(.*?)(?=\n\n=== iteration \d+, held-out loss |\Z)"
+)
 
 
 class Reporter:
@@ -46,17 +50,29 @@ class Reporter:
         print(text, file=self._stream, flush=True)
         self._printed_at = time.monotonic()
 
-    def progress(self, text: str) -> None:
-        """Show the newest progress, now and then."""
+    @property
+    def columns(self) -> int | None:
+        """Columns of a line that the terminal does not wrap; None where there is no terminal."""
+        if not self._stream.isatty():
+            return None
+        try:
+            columns = os.get_terminal_size(self._stream.fileno()).columns
+        except OSError:
+            columns = 0
+        # The last one stays free: some terminals wrap as soon as it is filled. 0: not known.
+        return max(1, (columns or 80) - 1)
+
+    def progress(self, line: Callable[[int | None], str]) -> None:
+        """Show the newest progress, now and then: line(columns) is called only when it is time."""
         now = time.monotonic()
         every = REWRITE_EVERY_S if self._rewrites else LINE_EVERY_S
         if self._quiet or now - self._printed_at < every:
             return
-        self._printed_at = now
+        text = line(self.columns)
+        self._printed_at = time.monotonic()
         if not self._rewrites:
             print(text, file=self._stream, flush=True)
             return
-        text = text[: shutil.get_terminal_size().columns - 1]
         print("\r" + text.ljust(self._width), end="", file=self._stream, flush=True)
         self._width = len(text)
 
@@ -73,6 +89,7 @@ class TrainResult:
 
     stopped: "max_iters", "patience" (the held-out loss no longer improved) or "signal", then with
     its number. file and the losses are None when a signal came before the first evaluation.
+    verdict: a word of `verdict.WORDS`; advice: what to change next, one line.
     """
 
     file: str | None
@@ -88,31 +105,8 @@ class TrainResult:
     val_loss: float | None
     val_bits_per_byte: float | None
     resume_command: str
-
-
-def verdict(result: TrainResult, *, patience: int) -> list[str]:
-    """The lines that end a run: what was trained, how good it is, where it is, what to do next."""
-    lines = [
-        f"trained {count(result.parameters)} parameters on {count(result.tokens)} tokens "
-        f"in {duration(result.elapsed_s)}, {result.iter} of {result.max_iters} iterations"
-    ]
-    if result.stopped == "patience":
-        lines.append(
-            f"stopped early: the held-out loss has not improved for {patience} evaluations; "
-            f"the best model, of iteration {result.best_iter}, is kept"
-        )
-    if result.val_loss is not None and result.val_bits_per_byte is not None:
-        lines.append(
-            f"best held-out loss {result.val_loss:.4f} nats/token, "
-            f"{result.val_bits_per_byte:.3f} bits/byte, at iteration {result.best_iter}"
-        )
-    if result.stopped == "signal":
-        lines.append(f"stopped by signal {result.signal}, all is saved; to continue exactly:")
-        lines.append(f"  {result.resume_command}")
-    elif result.file is not None:
-        lines.append(f"wrote {result.file}")
-        lines.append(f"next: pico-edge export {quote(result.file)} --quantize")
-    return lines
+    verdict: str
+    advice: str
 
 
 def append_metrics(path: Path, values: Mapping[str, Any]) -> None:
@@ -145,44 +139,29 @@ def cut_metrics(path: Path, last_iter: int) -> None:
     publish.publish(path, lambda file: file.write(text.encode()))
 
 
-def append_sample(path: Path, step: int, text: str) -> None:
-    """Add one sample to `samples.txt` under a line that names the iteration."""
+def append_sample(path: Path, step: int, text: str, *, val_loss: float, is_best: bool) -> None:
+    """Add one sample to `samples.txt` under a line that names iteration and held-out loss.
+
+    is_best: no earlier evaluation found a lower loss; the last one so marked is of the best model.
+    """
+    best = ", best so far" if is_best else ""
     with path.open("a", encoding="utf-8", newline="\n") as file:
-        file.write(f"=== iteration {step}\n{text}\n\n")
+        file.write(f"=== iteration {step}, held-out loss {val_loss:.4f}{best}\n{text}\n\n")
+
+
+def best_sample(path: Path) -> str | None:
+    """The last sample marked as best in `samples.txt`, or None."""
+    if not path.exists():
+        return None
+    text = path.read_text(encoding="utf-8", errors="replace")
+    found = re.findall(SAMPLE, text, re.DOTALL)
+    return found[-1].rstrip("\n") if found else None
 
 
 def cut_file(path: Path, n_bytes: int) -> None:
     """Cut a file that grew after a checkpoint back to what it was then."""
     if path.exists() and path.stat().st_size > n_bytes:
         os.truncate(path, n_bytes)
-
-
-def draw_losses(metrics: Path, image: Path) -> bool:
-    """`loss.png`: training and held-out loss by iteration. False without matplotlib or data."""
-    rows = read_metrics(metrics)
-    if len(rows) < 2:
-        return False
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        if error.name is None or not error.name.startswith("matplotlib"):
-            raise
-        return False
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    steps = [row["iter"] for row in rows]
-    axes.plot(steps, [row["train_loss"] for row in rows], label="training")
-    axes.plot(steps, [row["val_loss"] for row in rows], label="held out")
-    axes.set_xlabel("iteration")
-    axes.set_ylabel("loss, nats per token")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    publish.publish(image, lambda file: file.write(buffer.getvalue()))
-    return True
 
 
 def duration(seconds: float) -> str:
@@ -200,11 +179,23 @@ def count(n: float) -> str:
     return f"{n:.0f}"
 
 
+def size(n_bytes: float) -> str:
+    """Example: 512_000_000 -> "512 MB", 1_234_000_000 -> "1.23 GB", 2_700 -> "2.7 kB"."""
+    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if n_bytes >= limit:
+            return f"{n_bytes / limit:.3g} {unit}"
+    return f"{n_bytes:.0f} bytes"
+
+
 def one_line(text: str) -> str:
     """A text for one line of a terminal: white space is a blank, what moves the cursor a dot."""
+    return visible(" ".join(text.split()))
+
+
+def visible(text: str) -> str:
+    """The text with a dot for each character that would move the cursor or command a terminal."""
     joiner = "\N{ZERO WIDTH JOINER}"  # not printable, and part of many emoji
-    line = " ".join(text.split())
-    return "".join(c if c.isprintable() or c == joiner else "\N{MIDDLE DOT}" for c in line)
+    return "".join(c if c.isprintable() or c == joiner else "\N{MIDDLE DOT}" for c in text)
 
 
 def quote(argument: str) -> str:

@@ -121,6 +121,7 @@ class TrainSettings:
     force: bool = False
     encoding: str | None = None
     text_field: str = "text"
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_iters", "n_layer", "n_head", "n_embd", "block_size", "batch_size"):

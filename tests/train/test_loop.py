@@ -127,7 +127,12 @@ def test_a_run_learns_and_leaves_what_it_promises(whole, data):
     assert names <= {path.name for path in folder.iterdir()}
     assert not [path for path in whole.rglob(".*")], "a temporary file is left"
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert (folder / "samples.txt").read_text().count("=== iteration ") == 5
+    samples = (folder / "samples.txt").read_text()
+    assert samples.count("=== iteration ") == 5
+    best = load_checkpoint(whole / "ckpt.pt").iter
+    assert samples.rindex("best so far") > samples.index(f"=== iteration {best}, held-out loss")
+    assert f"=== iteration {best}, " in samples[: samples.rindex("best so far")].splitlines()[-1]
+    assert not (folder / "tensorboard").exists()
 
 
 def test_the_best_model_is_kept_with_all_that_export_needs(whole):
@@ -206,6 +211,9 @@ def test_a_signal_ends_the_run_after_its_step_and_a_resume_loses_nothing(whole, 
         assert signal.getsignal(signum) is before
         assert result.resume_command == command
         assert "  " + command in stopper.lines
+        assert (result.verdict, result.advice) == ("unfinished", command)
+        # Two evaluations make a picture, which a stop leaves too.
+        assert (tmp_path / "ckpt.run" / "loss.png").exists() == (i > 1)
     train([data], tiny(tmp_path, resume=True), reporter=quiet())
     assert weights_hash(tmp_path / "ckpt.run/last.pt") == weights_hash(whole / "ckpt.run/last.pt")
     assert without_times(metrics(tmp_path)) == without_times(metrics(whole))
@@ -323,6 +331,9 @@ def test_a_run_that_no_longer_improves_ends_and_keeps_its_best_model(tmp_path):
     assert result.stopped == "patience"
     assert result.best_iter < result.iter < result.max_iters
     assert any("stopped early" in line for line in lines.lines)
+    assert result.verdict == "tiny" and "--init-from" in result.advice
+    assert any("too small to learn a language from" in line for line in lines.lines)
+    assert "the best model writes:" in lines.lines
     assert load_checkpoint(tmp_path / "ckpt.pt").iter == result.best_iter
 
 

@@ -432,6 +432,7 @@ def test_json_is_one_document_and_quiet_is_silent(folder, capsys):
     values = json.loads(out)
     assert values["file"] == "ckpt.pt" and values["iter"] == 40
     assert values["val_loss"] > 0
+    assert values["verdict"] == "short" and "--max-iters 160" in values["advice"]
 
 
 def test_a_run_ends_with_the_next_command(folder, capsys):
