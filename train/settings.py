@@ -117,6 +117,7 @@ class TrainSettings:
     seed: int = 1337
     resume: bool = False
     init_from: str | None = None
+    reinit_embeddings: bool = False
     force: bool = False
     encoding: str | None = None
     text_field: str = "text"
@@ -150,9 +151,17 @@ class TrainSettings:
             raise UsageError("resume and force are both given: continue the run, or start over")
         if self.resume and self.init_from is not None:
             raise UsageError("resume and init_from are both given: continue the run, or start anew")
-        for name in ("tokenizer", "vocab_size", "preset"):
-            if self.init_from is not None and getattr(self, name) is not None:
-                raise UsageError(f"{name} is given with init_from: the checkpoint decides it")
+        if self.reinit_embeddings and self.init_from is None:
+            raise UsageError("reinit_embeddings is given without init_from: a new model needs none")
+        if self.init_from is not None and self.preset is not None:
+            raise UsageError("preset is given with init_from: the checkpoint decides it")
+        for name in ("tokenizer", "vocab_size"):
+            asked = self.init_from is not None and getattr(self, name) is not None
+            if asked and not self.reinit_embeddings:
+                raise UsageError(
+                    f"{name} is given with init_from: the checkpoint decides it; another one needs "
+                    "a fresh token table: add --reinit-embeddings"
+                )
         if self.preset is not None:
             self.model_config(self.preset, vocab_size=272)
 
