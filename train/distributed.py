@@ -333,8 +333,8 @@ def join(flags: Mapping[str, object], *, device: str) -> Iterator[Workers]:
         if told is error:
             raise
         raise told from error
-    # DistributedDataParallel is part of a cycle. What it holds of the group must go before the group
-    # does, or an interpreter that ends finds threads running: seen as SIGABRT in 4 of 7 runs.
+    # DistributedDataParallel is part of a cycle. What it holds of the group must go before the
+    # group does, or an interpreter that ends finds threads running: seen as SIGABRT in 4 of 7 runs.
     gc.collect()
     dist.destroy_process_group()
 

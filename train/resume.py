@@ -122,7 +122,7 @@ def check_flags(
     """The recipe of a resumed run; flags repeat it or are refused, by UsageError.
 
     Another split of the same number of windows into batch_size, grad_accum and processes is
-    accepted, and said. Where only the number of processes is another, grad_accum follows it.
+    accepted, and said. Where it is not given, grad_accum follows the other two.
     """
     recipe = stored_recipe(checkpoint)
     check_shape_flags(checkpoint.config, checkpoint.tokenizer, settings)
@@ -160,8 +160,8 @@ def _split_windows(
     batch_size = settings.batch_size or recipe.batch_size
     grad_accum = settings.grad_accum
     if grad_accum is None:
-        same_split = settings.batch_size is None and windows % (batch_size * world_size) == 0
-        grad_accum = windows // (batch_size * world_size) if same_split else recipe.grad_accum
+        whole, rest = divmod(windows, batch_size * world_size)
+        grad_accum = recipe.grad_accum if rest else whole
     now = {"batch_size": batch_size, "grad_accum": grad_accum, "processes": world_size}
     if math.prod(now.values()) != windows:
         raise UsageError(
