@@ -20,7 +20,7 @@ from pico_edge.artefact import SAMPLING_DEFAULTS
 from pico_edge.tokenizer import TextStream, Tokenizer
 from pico_edge.train.data import TokenData, Tokens, val_batches
 from pico_edge.train.model import GPT, KV
-from pico_edge.train.step import Trainer
+from pico_edge.train.step import Trainer, check_ids
 
 SAMPLE_TOKENS = 64
 
@@ -43,6 +43,7 @@ def evaluate(trainer: Trainer, data: TokenData) -> float:
         eval_iters=trainer.recipe.eval_iters,
     )
     for x, y in itertools.islice(batches, trainer.rank, None, trainer.world_size):
+        check_ids(x, y, model.config.vocab_size)
         with trainer.autocast():
             _, loss = model(x.to(trainer.device), y.to(trainer.device))
         total += loss.double().cpu() * y.numel()

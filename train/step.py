@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pico_edge.config import GPTConfig
-from pico_edge.errors import DivergedError, PicoEdgeError
+from pico_edge.errors import ArtefactError, DivergedError, PicoEdgeError
 from pico_edge.train.data import Tokens, batch
 from pico_edge.train.distributed import Workers
 from pico_edge.train.model import GPT
@@ -86,6 +86,7 @@ def train_step(trainer: Trainer, step: int, rate: float) -> StepResult:
             batch_size=recipe.batch_size,
             block_size=trainer.model.config.block_size,
         )  # (B, T) each
+        check_ids(x, y, trainer.model.config.vocab_size)
         x = x.to(trainer.device, non_blocking=True)
         y = y.to(trainer.device, non_blocking=True)
         last = micro_step == recipe.grad_accum - 1
@@ -113,6 +114,19 @@ def train_step(trainer: Trainer, step: int, rate: float) -> StepResult:
         scaler.step(optimizer)
     scaler.update()
     return result
+
+
+def check_ids(x: Tensor, y: Tensor, vocab_size: int) -> None:
+    """Refuse token ids that the model has no row for. The cache on disk may change under a run.
+
+    Raises ArtefactError; what a device would say ranges from IndexError to nothing.
+    """
+    highest = max(int(x.max()), int(y.max()))
+    if highest >= vocab_size:
+        raise ArtefactError(
+            f"the token cache has changed while in use: token id {highest}, expected under "
+            f"{vocab_size}: start again with --resume, it is made anew"
+        )
 
 
 def divergence(trainer: Trainer, step: int, rate: float, found: str) -> DivergedError:
