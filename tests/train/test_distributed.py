@@ -1,6 +1,7 @@
 """Several processes under a real torchrun: the curve of one, one writer, nobody left behind."""
 
 import dataclasses
+import gc
 import hashlib
 import io
 import json
@@ -12,17 +13,22 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed
 
+from pico_edge.config import GPTConfig
 from pico_edge.errors import UsageError
 from pico_edge.train.checkpoint import load_checkpoint
 from pico_edge.train.distributed import Place, Workers, place
 from pico_edge.train.loop import resume_command, train
+from pico_edge.train.model import GPT
+from pico_edge.train.optim import make_optimizers
 from pico_edge.train.report import Reporter
 from pico_edge.train.resume import check_flags
 from pico_edge.train.settings import TrainSettings
+from pico_edge.train.step import Trainer, train_step
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or os.name != "posix",
@@ -382,6 +388,14 @@ def test_alone_every_agreement_is_on_the_spot():
     assert workers.data_parallel(print, torch.device("cpu")) is print
 
 
+def test_dropout_of_each_rank_and_step_is_its_own_and_repeats():
+    draws = []
+    for rank, seed, step in [(0, 5, 7), (1, 5, 7), (0, 5, 8), (0, 6, 7), (0, 5, 7)]:
+        Workers(Place(rank, 2, rank, 2)).seed_step(seed, step)
+        draws.append(tuple(torch.rand(4).tolist()))
+    assert draws[0] == draws[-1] and len(set(draws)) == 4
+
+
 def test_more_processes_than_can_share_a_device_are_refused():
     two = Workers(Place(1, 2, 1, 2))
     assert two.device(torch.device("cpu")) == torch.device("cpu")
@@ -398,3 +412,41 @@ def test_the_resume_command_names_machines_and_processes(monkeypatch):
     assert command == (
         "torchrun --nnodes 2 --nproc-per-node 4 -m pico_edge train data.txt --out 'a b.pt' --resume"
     )
+
+
+def test_accumulated_gradients_are_averaged_once_per_step(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        workers = Workers(Place(0, 2, 0, 2), store)
+        model = GPT(GPTConfig(block_size=8, vocab_size=32, n_layer=1, n_head=1, n_embd=16))
+        recipe = TrainSettings(grad_accum=4, batch_size=2).recipe(
+            "nano", gpu=False, max_iters=9, tokens_per_epoch=99, block_size=8
+        )
+        trainer = Trainer(
+            model=model,
+            forward=workers.data_parallel(model, torch.device("cpu")),
+            optimizers=make_optimizers(model, recipe),
+            scaler=torch.amp.GradScaler("cpu", enabled=False),
+            recipe=recipe,
+            tokens=np.arange(99, dtype=np.uint16) % 31,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            workers=workers,
+        )
+        calls = []
+
+        def count(state, bucket):
+            calls.append(len(bucket.parameters()))
+            done = torch.futures.Future()
+            done.set_result(bucket.buffer())
+            return done
+
+        trainer.forward.register_comm_hook(None, count)
+        for step in range(3):
+            train_step(trainer, step, 1e-3)
+        assert sum(calls) == 3 * len(list(model.parameters()))
+        del trainer
+    finally:
+        gc.collect()
+        torch.distributed.destroy_process_group()
