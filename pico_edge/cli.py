@@ -27,6 +27,7 @@ import typer
 from pico_edge import __version__
 from pico_edge.artefact import SAMPLING_DEFAULTS
 from pico_edge.errors import ArtefactError, PicoEdgeError, UsageError
+from pico_edge.train.distributed import place
 from pico_edge.train.settings import (
     DEFAULT_MINUTES,
     DEVICES,
@@ -84,6 +85,7 @@ class _StoppedError(Exception):
 
     def __init__(self, signum: int) -> None:
         self.signum = signum
+        self.exit_code = 128 + signum
 
 
 def _print_versions(wanted: bool) -> None:
@@ -176,6 +178,12 @@ def train(
         bool, typer.Option("--resume", help="Continue the run of --out, exactly.")
     ] = False,
     init_from: Annotated[str | None, _chosen("Start from this model: fine-tune.", "CKPT")] = None,
+    reinit_embeddings: Annotated[
+        bool,
+        typer.Option(
+            "--reinit-embeddings", help="With --init-from: another tokenizer, a fresh token table."
+        ),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Start over what exists.")] = False,
     encoding: Annotated[
         str | None, _chosen("Of the text. Default: UTF-8, or UTF-16 by its mark.", "NAME")
@@ -229,6 +237,7 @@ def train(
         seed=seed,
         resume=resume,
         init_from=init_from,
+        reinit_embeddings=reinit_embeddings,
         force=force,
         encoding=encoding,
         text_field=text_field,
@@ -241,7 +250,7 @@ def train(
 
         signals.raise_at_once()  # until training takes over the signals, to save first
         result = run(data, settings, reporter=Reporter(quiet=quiet), started=started)
-    if json_:
+    if json_ and place().rank == 0:
         _print_json(dataclasses.asdict(result))
     if result.signal is not None:
         raise _StoppedError(result.signal)
@@ -530,7 +539,14 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             # Text of any language goes to any pipe, also under LANG=C and on Windows.
             stream.reconfigure(encoding="utf-8", errors="replace")
-    sys.exit(_run(list(sys.argv[1:] if argv is None else argv)))
+    code = _run(list(sys.argv[1:] if argv is None else argv))
+    if place().world_size > 1:
+        # One of several processes: the usual end of an interpreter may wait for those that failed.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _run(arguments: list[str]) -> int:
@@ -542,9 +558,9 @@ def _run(arguments: list[str]) -> int:
             sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except _StoppedError as stopped:
-        return _stopped(stopped.signum)
+        return _stopped(stopped.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        return _stopped(signal.SIGINT)
+        return _stopped(128 + signal.SIGINT)
     except typer.Exit as done:
         return done.exit_code
     except ClickUsageError as error:
@@ -559,22 +575,30 @@ def _run(arguments: list[str]) -> int:
         return _fail(_os_error(error), PicoEdgeError.exit_code, debug)
     except MemoryError:
         return _fail("out of memory: use a smaller model or batch", PicoEdgeError.exit_code, debug)
+    except Exception:
+        if place().world_size == 1:
+            raise
+        traceback.print_exc()
+        return 1
 
 
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
+    rank = place().rank
+    if not message:  # another process of the run says it
+        return code
     with contextlib.suppress(OSError):  # stderr may be closed too; the exit code still tells
-        _say(f"error: {' '.join(message.split())}")
+        _say(f"error: {f'rank {rank}: ' if rank else ''}{' '.join(message.split())}")
     return code
 
 
-def _stopped(signum: int) -> int:
+def _stopped(code: int) -> int:
     with contextlib.suppress(OSError):
         if sys.stdout.isatty():
             sys.stdout.write("\n")
         sys.stdout.flush()
-    return 128 + signum
+    return code
 
 
 def _os_error(error: OSError) -> str:

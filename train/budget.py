@@ -72,7 +72,9 @@ def measure(trainer: Trainer, data: TokenData, sample: Callable[[], object]) -> 
         train_step(trainer, step, 0.0)
     begin = time.perf_counter()
     steps = 0
-    while steps < 3 or (steps < MEASURE_STEPS and time.perf_counter() - begin < MEASURE_S):
+    while trainer.workers.first_says(
+        steps < 3 or (steps < MEASURE_STEPS and time.perf_counter() - begin < MEASURE_S)
+    ):
         train_step(trainer, steps, 0.0)
         steps += 1
     step_s = (time.perf_counter() - begin) / steps

@@ -8,6 +8,7 @@ Try: `evaluate(trainer, data)` -> 1.89 nats per token.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -19,31 +20,37 @@ from pico_edge.artefact import SAMPLING_DEFAULTS
 from pico_edge.tokenizer import TextStream, Tokenizer
 from pico_edge.train.data import TokenData, Tokens, val_batches
 from pico_edge.train.model import GPT, KV
-from pico_edge.train.step import Trainer
+from pico_edge.train.step import Trainer, check_ids
 
 SAMPLE_TOKENS = 64
 
 
 @torch.no_grad()
 def evaluate(trainer: Trainer, data: TokenData) -> float:
-    """Mean held-out loss, nats per token: of all tokens, or of eval_iters batches of many."""
+    """Mean held-out loss, nats per token: of all tokens, or of eval_iters batches of many.
+
+    The ranks share the batches; all get the same number.
+    """
     model = trainer.model
     total = torch.zeros((), dtype=torch.float64)
-    count = 0
+    count = 0.0
     was_training = model.training
     model.eval()
-    for x, y in held_out_batches(
+    batches = held_out_batches(
         data.val,
         block_size=model.config.block_size,
         batch_size=trainer.recipe.batch_size,
         eval_iters=trainer.recipe.eval_iters,
-    ):
+    )
+    for x, y in itertools.islice(batches, trainer.rank, None, trainer.world_size):
+        check_ids(x, y, model.config.vocab_size)
         with trainer.autocast():
             _, loss = model(x.to(trainer.device), y.to(trainer.device))
         total += loss.double().cpu() * y.numel()
         count += y.numel()
     model.train(was_training)
-    return total.item() / count
+    loss_sum, count = trainer.workers.sum([total.item(), count])
+    return loss_sum / count
 
 
 def held_out_batches(

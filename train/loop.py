@@ -25,8 +25,10 @@ from pico_edge.train.checkpoint import (
     save_checkpoint,
 )
 from pico_edge.train.data import find_files
+from pico_edge.train.distributed import Workers, join, place
 from pico_edge.train.evaluate import bits_per_byte, evaluate, sample_text
 from pico_edge.train.folder import (
+    RunPaths,
     check_old_run,
     clear_old_run,
     open_folder,
@@ -50,7 +52,7 @@ from pico_edge.train.report import (
     quote,
     read_metrics,
 )
-from pico_edge.train.resume import resume_values
+from pico_edge.train.resume import Progress, resume_values
 from pico_edge.train.settings import DEFAULT_MINUTES, TrainSettings, nearest_preset
 from pico_edge.train.setup import Run, StrPath, set_up
 from pico_edge.train.signals import StopRequest, stop_requests
@@ -80,39 +82,69 @@ def train(
     """
     started = time.perf_counter() if started is None else started
     reporter = Reporter() if reporter is None else reporter
+    flags = {"data": [str(path) for path in data], **dataclasses.asdict(settings)}
+    with join(flags | library_versions(), device=settings.device) as workers:
+        if not workers.is_first:
+            reporter = Reporter(quiet=True)
+        return _train(data, settings, reporter, started, workers)
+
+
+def _train(
+    data: Sequence[StrPath],
+    settings: TrainSettings,
+    reporter: Reporter,
+    started: float,
+    workers: Workers,
+) -> TrainResult:
     paths = run_paths(settings.out)
     if settings.tensorboard:
         require_tensorboard()
     find_files(data)  # a wrong name is refused before a folder is made
+    with contextlib.ExitStack() as stack:
+        workers.share(lambda: stack.enter_context(_claimed(paths, settings, reporter)))
+        run = set_up(data, settings, paths, reporter, started=started, workers=workers)
+        workers.share(lambda: _prepare_records(run, reporter, resume=settings.resume))
+        loop = _Loop(run, reporter, started - run.progress.elapsed_s, settings)
+        with stop_requests() as stop, memory_errors(run.trainer.recipe, run.trainer.model.config):
+            loop.run_until_done(stop)
+        loop.close()
+        command = resume_command(data, settings)
+        facts = _facts(run, settings, command)
+        plain = workers.share(lambda: dataclasses.asdict(judge(read_metrics(paths.metrics), facts)))
+        verdict = Verdict(**plain)
+        result = _result(run, stop, command, verdict)
+        if workers.is_first:
+            sample = best_sample(paths.samples)
+            patience = run.trainer.recipe.patience
+            for line in closing_lines(result, verdict, patience=patience, sample=sample):
+                reporter.say(line)
+            # After the lines: who pressed Ctrl-C waits for these.
+            with loop.disk(paths.image, final=False):
+                draw_losses(paths.metrics, paths.image)
+    return result
+
+
+@contextlib.contextmanager
+def _claimed(paths: RunPaths, settings: TrainSettings, reporter: Reporter) -> Iterator[None]:
+    """The run folder, ours alone for the time of the block, and fit to begin in."""
     open_folder(paths, resume=settings.resume, force=settings.force)
     with run_lock(paths.folder) as dead:
         if dead is not None:
             reporter.say(f"{paths.folder}: took over from {dead}, which no longer runs")
         check_old_run(paths, resume=settings.resume, force=settings.force)
         remove_leftovers(paths)
-        run = set_up(data, settings, paths, reporter, started=started)
-        if settings.resume:
-            cut_metrics(paths.metrics, run.progress.iter)
-            cut_file(paths.samples, run.progress.samples_bytes)
-            if run.progress.finished is not None:
-                reporter.say("this run is finished: --init-from trains on from its model")
-        else:
-            clear_old_run(paths)
-        loop = _Loop(run, reporter, started - run.progress.elapsed_s, settings)
-        with stop_requests() as stop, memory_errors(run.trainer.recipe, run.trainer.model.config):
-            loop.run_until_done(stop)
-        loop.close()
-        command = resume_command(data, settings)
-        verdict = judge(read_metrics(paths.metrics), _facts(run, settings, command))
-        result = _result(run, stop, command, verdict)
-        sample = best_sample(paths.samples)
-        patience = run.trainer.recipe.patience
-        for line in closing_lines(result, verdict, patience=patience, sample=sample):
-            reporter.say(line)
-        # After the lines: who pressed Ctrl-C waits for these.
-        with loop.disk(paths.image, final=False):
-            draw_losses(paths.metrics, paths.image)
-    return result
+        yield
+
+
+def _prepare_records(run: Run, reporter: Reporter, *, resume: bool) -> None:
+    """Let the files beside the checkpoints say what this run has done up to its iteration."""
+    if not resume:
+        clear_old_run(run.paths)
+        return
+    cut_metrics(run.paths.metrics, run.progress.iter)
+    cut_file(run.paths.samples, run.progress.samples_bytes)
+    if run.progress.finished is not None:
+        reporter.say("this run is finished: --init-from trains on from its model")
 
 
 class _Loop:
@@ -132,16 +164,24 @@ class _Loop:
         self.plot = LossPlot(run.paths.metrics, run.paths.image)
         self.board = (
             open_board(run.paths.tensorboard, step=run.progress.iter)
-            if settings.tensorboard
+            if settings.tensorboard and run.trainer.workers.is_first
             else None
         )
         self.saved_at = time.monotonic()
+        self.saved_iter = run.progress.iter if run.progress.iter else None
 
     def run_until_done(self, stop: StopRequest) -> None:
         """Step, evaluate and save until the run is finished or a stop is requested."""
         trainer, progress, recipe = self.run.trainer, self.run.progress, self.run.trainer.recipe
         first, begin = progress.iter, time.perf_counter()
-        while progress.finished is None and stop.signum is None:
+        while progress.finished is None:
+            # Asked for once per step, so that all ranks leave at the same one.
+            signum = trainer.workers.agreed(stop.signum)
+            if signum is not None:
+                stop.signum = signum
+                if self.saved_iter != progress.iter:
+                    self._save_last(final=True)
+                return
             step_begin = time.perf_counter()
             self.rate = learning_rate(
                 progress.iter,
@@ -159,8 +199,8 @@ class _Loop:
             ends = progress.iter == recipe.max_iters
             if ends or progress.iter % recipe.eval_interval == 0:
                 self._evaluate(final=ends)
-            elif stop.signum is not None or time.monotonic() - self.saved_at > SAVE_EVERY_S:
-                self._save_last(final=stop.signum is not None)
+            elif time.monotonic() - self.saved_at > SAVE_EVERY_S:
+                self._save_last(final=False)
             done = progress.iter - first
             left_s = (time.perf_counter() - begin) / done * (recipe.max_iters - progress.iter)
             self.reporter.progress(functools.partial(self._progress_line, left_s))
@@ -190,12 +230,22 @@ class _Loop:
             self.board.close()
 
     def _evaluate(self, *, final: bool) -> None:
-        """Measure the held-out loss, note it, keep the model if it is the best, save the state."""
-        run, progress, recipe = self.run, self.run.progress, self.run.trainer.recipe
+        """Measure the held-out loss, on all ranks; rank 0 does the rest and tells the others."""
+        run, progress = self.run, self.run.progress
         val_loss = evaluate(run.trainer, run.data)
         if not math.isfinite(val_loss):
             found = f"held-out loss {val_loss}"
             raise divergence(run.trainer, progress.iter - 1, self.rate, found)
+        known = run.trainer.workers.share(
+            lambda: self._record(val_loss, final=final),
+            to_plain=dataclasses.asdict,
+            from_plain=lambda values: Progress(**values),
+        )
+        vars(progress).update(vars(known))
+
+    def _record(self, val_loss: float, *, final: bool) -> Progress:
+        """Note an evaluation, keep the model if it is the best, save the state."""
+        run, progress, recipe = self.run, self.run.progress, self.run.trainer.recipe
         val_bpb = bits_per_byte(val_loss, run.data)
         train_loss = progress.train_loss_sum / progress.train_loss_count
         tokens_per_second = self.steps * run.trainer.tokens_per_iter / self.stepping_s
@@ -258,6 +308,7 @@ class _Loop:
         if progress.finished is None:
             with self.disk(paths.image, final=False):
                 self.plot.refresh()
+        return progress
 
     def _save_last(
         self,
@@ -269,6 +320,8 @@ class _Loop:
     ) -> None:
         """Save the resumable state; the losses are given where this iteration was evaluated."""
         run = self.run
+        if not run.trainer.workers.is_first:
+            return
         run.progress.elapsed_s = time.perf_counter() - self.epoch
         resume = resume_values(run.trainer, run.progress, compiled=run.compiled)
         checkpoint = self._checkpoint(train_loss, val_loss, val_bpb)
@@ -278,6 +331,7 @@ class _Loop:
                 dataclasses.replace(checkpoint, resume=resume),
                 previous=run.paths.previous,
             )
+            self.saved_iter = run.progress.iter
         self.saved_at = time.monotonic()
 
     def _checkpoint(
@@ -315,7 +369,7 @@ class _Loop:
 
 def resume_command(data: Sequence[StrPath], settings: TrainSettings) -> str:
     """The command that continues this run exactly. Example: pico-edge train data.txt --resume."""
-    words = ["pico-edge", "train", *(str(path) for path in data)]
+    words = [*_launcher(), "train", *(str(path) for path in data)]
     # What the checkpoint does not decide: where things are, and what the device does.
     for name in ("out", "val_data", "device", "dtype", "threads", "sample_prompt"):
         value = getattr(settings, name)
@@ -326,6 +380,15 @@ def resume_command(data: Sequence[StrPath], settings: TrainSettings) -> str:
     if settings.tensorboard:
         words.append("--tensorboard")
     return " ".join(quote(word) for word in [*words, "--resume"])
+
+
+def _launcher() -> list[str]:
+    where = place()
+    if where.world_size == 1:
+        return ["pico-edge"]
+    machines = where.world_size // max(1, where.local_world_size)
+    words = ["torchrun", *(["--nnodes", str(machines)] if machines > 1 else [])]
+    return [*words, "--nproc-per-node", str(where.local_world_size), "-m", "pico_edge"]
 
 
 def _facts(run: Run, settings: TrainSettings, command: str) -> Facts:

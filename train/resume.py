@@ -10,6 +10,7 @@ Try: `load_resumable(run_paths("ckpt.pt"), Reporter())`.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -115,32 +116,17 @@ def stored_recipe(checkpoint: Checkpoint) -> Recipe:
     return Recipe.from_dict((checkpoint.resume or {}).get("recipe"))
 
 
-def check_flags(checkpoint: Checkpoint, settings: TrainSettings, reporter: Reporter) -> Recipe:
+def check_flags(
+    checkpoint: Checkpoint, settings: TrainSettings, reporter: Reporter, *, world_size: int
+) -> Recipe:
     """The recipe of a resumed run; flags repeat it or are refused, by UsageError.
 
-    Another split of the same number of windows into batch_size and grad_accum is accepted, and
-    said.
+    Another split of the same number of windows into batch_size, grad_accum and processes is
+    accepted, and said. Where it is not given, grad_accum follows the other two.
     """
     recipe = stored_recipe(checkpoint)
     check_shape_flags(checkpoint.config, checkpoint.tokenizer, settings)
-    split = {
-        name: getattr(settings, name) or getattr(recipe, name)
-        for name in ("batch_size", "grad_accum")
-    }
-    changed = dataclasses.replace(recipe, **split)
-    if changed != recipe:
-        windows = recipe.batch_size * recipe.grad_accum
-        if changed.batch_size * changed.grad_accum != windows:
-            raise UsageError(
-                f"batch_size {changed.batch_size} x grad_accum {changed.grad_accum} is not the "
-                f"{recipe.batch_size} x {recipe.grad_accum} windows per step of the run: keep the "
-                "product, or start anew with --init-from"
-            )
-        reporter.say(
-            f"batch_size {recipe.batch_size} -> {changed.batch_size}, grad_accum "
-            f"{recipe.grad_accum} -> {changed.grad_accum}: the same windows per step in other "
-            "batches, statistically equivalent to an uninterrupted run"
-        )
+    changed = _split_windows(checkpoint, recipe, settings, reporter, world_size)
     for field in dataclasses.fields(Recipe):
         asked = getattr(settings, field.name, None)
         if field.name == "seed" and asked == TrainSettings.seed:
@@ -155,6 +141,44 @@ def check_flags(checkpoint: Checkpoint, settings: TrainSettings, reporter: Repor
             f"minutes: the {recipe.max_iters} iterations laid out at the start stay in force"
         )
     return changed
+
+
+def _split_windows(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    settings: TrainSettings,
+    reporter: Reporter,
+    world_size: int,
+) -> Recipe:
+    """The recipe with the windows of a step split as asked; there must be as many as before."""
+    before = {
+        "batch_size": recipe.batch_size,
+        "grad_accum": recipe.grad_accum,
+        "processes": (checkpoint.resume or {}).get("world_size", 1),
+    }
+    windows = math.prod(before.values())
+    batch_size = settings.batch_size or recipe.batch_size
+    grad_accum = settings.grad_accum
+    if grad_accum is None:
+        whole, rest = divmod(windows, batch_size * world_size)
+        grad_accum = recipe.grad_accum if rest else whole
+    now = {"batch_size": batch_size, "grad_accum": grad_accum, "processes": world_size}
+    if math.prod(now.values()) != windows:
+        raise UsageError(
+            f"{_product(now)} are not the {_product(before)} windows per step of the run: keep "
+            "the product, or start anew with --init-from"
+        )
+    if now != before:
+        reporter.say(
+            ", ".join(f"{k} {before[k]} -> {now[k]}" for k in now if now[k] != before[k])
+            + ": the same number of windows per step, statistically equivalent to an "
+            "uninterrupted run"
+        )
+    return dataclasses.replace(recipe, batch_size=batch_size, grad_accum=grad_accum)
+
+
+def _product(split: dict[str, int]) -> str:
+    return " x ".join(f"{name} {value}" for name, value in split.items())
 
 
 def check_shape_flags(config: GPTConfig, tokenizer: Tokenizer, settings: TrainSettings) -> None:

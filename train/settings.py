@@ -118,6 +118,7 @@ class TrainSettings:
     seed: int = 1337
     resume: bool = False
     init_from: str | None = None
+    reinit_embeddings: bool = False
     force: bool = False
     encoding: str | None = None
     text_field: str = "text"
@@ -152,9 +153,17 @@ class TrainSettings:
             raise UsageError("resume and force are both given: continue the run, or start over")
         if self.resume and self.init_from is not None:
             raise UsageError("resume and init_from are both given: continue the run, or start anew")
-        for name in ("tokenizer", "vocab_size", "preset"):
-            if self.init_from is not None and getattr(self, name) is not None:
-                raise UsageError(f"{name} is given with init_from: the checkpoint decides it")
+        if self.reinit_embeddings and self.init_from is None:
+            raise UsageError("reinit_embeddings is given without init_from: a new model needs none")
+        if self.init_from is not None and self.preset is not None:
+            raise UsageError("preset is given with init_from: the checkpoint decides it")
+        for name in ("tokenizer", "vocab_size"):
+            asked = self.init_from is not None and getattr(self, name) is not None
+            if asked and not self.reinit_embeddings:
+                raise UsageError(
+                    f"{name} is given with init_from: the checkpoint decides it; another one needs "
+                    "a fresh token table: add --reinit-embeddings"
+                )
         if self.preset is not None:
             self.model_config(self.preset, vocab_size=272)
 
@@ -186,7 +195,10 @@ class TrainSettings:
         optimizer, rate = self.optimizer or values.optimizer, self.learning_rate
         if rate is None:
             rate = values.muon_learning_rate if optimizer == "muon" else values.learning_rate
-            rate *= 1.0 if self.init_from is None else FINE_TUNE_RATE
+            # Fresh embeddings need the full rate: 2.69 against 3.31 bits per byte after 300
+            # iterations of a 3 x 64 model.
+            fine_tunes = self.init_from is not None and not self.reinit_embeddings
+            rate *= FINE_TUNE_RATE if fine_tunes else 1.0
         min_lr = 0.0 if self.min_lr is None else self.min_lr
         if min_lr > rate:
             raise UsageError(f"min_lr is {min_lr}: expected at most learning_rate, which is {rate}")

@@ -7,6 +7,7 @@ Try: `set_up(["data.txt"], TrainSettings(), run_paths("ckpt.pt"), Reporter())`.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -15,7 +16,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +25,7 @@ import torch
 
 from pico_edge.config import GPTConfig
 from pico_edge.errors import ArtefactError, PicoEdgeError, UsageError
-from pico_edge.tokenizer import Tokenizer, padded_vocab_size
+from pico_edge.tokenizer import Tokenizer, padded_vocab_size, tokenizer_from_dict
 from pico_edge.train.budget import lay_schedule
 from pico_edge.train.checkpoint import (
     Checkpoint,
@@ -40,6 +41,7 @@ from pico_edge.train.data import (
     prepare_tokens,
     text_bytes,
 )
+from pico_edge.train.distributed import Workers
 from pico_edge.train.evaluate import sample_text
 from pico_edge.train.folder import RunPaths, check_space
 from pico_edge.train.model import GPT
@@ -61,7 +63,7 @@ from pico_edge.train.settings import (
     choose_preset,
     nearest_preset,
 )
-from pico_edge.train.step import Forward, Trainer
+from pico_edge.train.step import Forward, Trainer, is_out_of_memory
 
 StrPath = str | os.PathLike[str]
 
@@ -91,33 +93,45 @@ def set_up(
     reporter: Reporter,
     *,
     started: float,
+    workers: Workers | None = None,
 ) -> Run:
     """Read the data, build or load the model, lay the schedule. started: as `train` has it.
 
     Raises UsageError, ArtefactError (data or checkpoint refused) or PicoEdgeError (device missing).
     """
     keep_freed_memory()
-    device = choose_device(settings.device)
+    workers = workers or Workers()
+    device = workers.device(choose_device(settings.device))
     dtype = choose_dtype(settings.dtype, device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     files = find_files(data)
     val_files = None if settings.val_data is None else find_files([settings.val_data])
 
-    checkpoint = _loaded(settings, paths, reporter)
+    checkpoint = workers.in_turn(
+        lambda: _loaded(settings, paths, reporter),
+        seen=lambda: [fingerprint(files), _listing(paths)],
+    )
     if settings.resume and checkpoint is not None:
         _check_same_data(checkpoint, files, val_files)
         settings = _with_stored_reading(settings, checkpoint)
-    config, preset, tokenizer = _shape(files, settings, checkpoint, reporter)
-    tokens = prepare_tokens(
-        files,
-        tokenizer,
-        paths.folder,
-        block_size=config.block_size,
-        val_fraction=settings.val_fraction,
-        val_files=val_files,
-        encoding=settings.encoding,
-        text_field=settings.text_field,
+    config, preset, tokenizer = workers.share(
+        lambda: _shape(files, settings, checkpoint, reporter),
+        to_plain=lambda shape: [shape[0].to_dict(), shape[1], shape[2].to_dict()],
+        from_plain=lambda v: (GPTConfig.from_dict(v[0]), tuple(v[1]), tokenizer_from_dict(v[2])),
+    )
+    tokens = workers.in_turn(
+        lambda: prepare_tokens(
+            files,
+            tokenizer,
+            paths.folder,
+            block_size=config.block_size,
+            val_fraction=settings.val_fraction,
+            val_files=val_files,
+            encoding=settings.encoding,
+            text_field=settings.text_field,
+        ),
+        seen=lambda: _listing(paths),
     )
     reporter.say(
         f"data: {count(len(tokens.train))} tokens to train on, {count(len(tokens.val))} held out; "
@@ -125,25 +139,31 @@ def set_up(
     )
 
     torch.manual_seed(settings.seed)
-    model = (GPT(config) if checkpoint is None else _model(checkpoint, config)).to(device).train()
+    with _model_memory(config):
+        model = _model(checkpoint, config, settings, reporter).to(device).train()
     reporter.say(
         f"model: {config.n_layer} layers x {config.n_embd} ({config.n_head} heads), block "
         f"{config.block_size}, {count(model.num_parameters())} parameters, {preset[1]}"
     )
-    check_space(paths, model.num_parameters())
+    workers.share(lambda: check_space(paths, model.num_parameters()))
+    recipe_for = _recipes(settings, preset[0], config, tokens, device, workers)
     trainer = Trainer(
         model=model,
         forward=model,
         optimizers=[],
         scaler=_scaler(device, dtype),
-        recipe=_recipes(settings, preset[0], config, tokens, device)(settings.max_iters or 1000),
+        recipe=recipe_for(settings.max_iters or 1000),
         tokens=tokens.train,
         device=device,
         dtype=dtype,
+        world_size=workers.world_size,
+        rank=workers.rank,
+        workers=workers,
     )
     compiled = choose_compile(settings, device) and _compile(
         trainer, reporter, asked=settings.compile is True
     )
+    trainer.forward = workers.data_parallel(trainer.forward, device)
     run = Run(
         trainer=trainer,
         progress=Progress(),
@@ -159,7 +179,7 @@ def set_up(
         },
     )
     if settings.resume and checkpoint is not None:
-        trainer.recipe = check_flags(checkpoint, settings, reporter)
+        trainer.recipe = check_flags(checkpoint, settings, reporter, world_size=workers.world_size)
         trainer.optimizers = make_optimizers(model, trainer.recipe, dtype)
         run.progress = restore(checkpoint, trainer)
         changed = differences(checkpoint, trainer, compiled=compiled)
@@ -174,10 +194,12 @@ def set_up(
         trainer.recipe = lay_schedule(
             trainer,
             tokens,
-            _recipes(settings, preset[0], config, tokens, device),
+            recipe_for,
             sample=lambda: sample_text(model, tokenizer, run.sample_prompt, seed=0),
             left_s=lambda: budget_s - (time.perf_counter() - started),
         )
+        # By the clock of rank 0.
+        trainer.recipe = recipe_for(workers.share(lambda: trainer.recipe.max_iters))
     trainer.optimizers = make_optimizers(model, trainer.recipe, dtype)
     trainer.scaler = _scaler(device, dtype)
     # The steps that measured drew from it; a run of as many iterations without them must be the
@@ -289,7 +311,9 @@ def _loaded(settings: TrainSettings, paths: RunPaths, reporter: Reporter) -> Che
         return load_resumable(paths, reporter)
     if settings.init_from is not None:
         checkpoint = load_checkpoint(settings.init_from)
-        check_shape_flags(checkpoint.config, checkpoint.tokenizer, settings)
+        new_tokenizer = settings.reinit_embeddings
+        asked = dataclasses.replace(settings, tokenizer=None) if new_tokenizer else settings
+        check_shape_flags(checkpoint.config, checkpoint.tokenizer, asked)
         return checkpoint
     return None
 
@@ -324,9 +348,13 @@ def _shape(
     """Shape of the model, preset of its training values (name, reason), tokenizer."""
     if checkpoint is not None:
         config = checkpoint.config
+        tokenizer = checkpoint.tokenizer
         if settings.dropout is not None:
             config = dataclasses.replace(config, dropout=settings.dropout)
-        return config, (nearest_preset(config), "from the checkpoint"), checkpoint.tokenizer
+        if settings.reinit_embeddings:
+            tokenizer, rows = _tokenizer(files, settings, reporter)
+            config = dataclasses.replace(config, vocab_size=rows)
+        return config, (nearest_preset(config), "from the checkpoint"), tokenizer
     n_bytes = text_bytes(files)
     if settings.preset is not None:
         name, reason = settings.preset, f"preset {settings.preset} as asked"
@@ -336,7 +364,15 @@ def _shape(
         size = f"under {count(limit)}B" if limit is not None else "large"
         reason = f"preset {name} because the text is {size}"
     settings.model_config(name, vocab_size=272)  # refuses a shape before the text is read
-    kind, vocab_size = default_tokenizer(n_bytes)
+    tokenizer, rows = _tokenizer(files, settings, reporter)
+    return settings.model_config(name, vocab_size=rows), (name, reason), tokenizer
+
+
+def _tokenizer(
+    files: Sequence[Path], settings: TrainSettings, reporter: Reporter
+) -> tuple[Tokenizer, int]:
+    """The tokenizer for the text, and the rows of the token table."""
+    kind, vocab_size = default_tokenizer(text_bytes(files))
     if settings.tokenizer is not None:
         kind, vocab_size = settings.tokenizer, settings.vocab_size or vocab_size
     elif settings.vocab_size is not None:
@@ -360,11 +396,45 @@ def _shape(
                 f"{tokenizer.n_vocab}: expected at least that"
             )
         rows = settings.vocab_size
-    return settings.model_config(name, vocab_size=rows), (name, reason), tokenizer
+    return tokenizer, rows
 
 
-def _model(checkpoint: Checkpoint, config: GPTConfig) -> GPT:
-    return build_model(dataclasses.replace(checkpoint, config=config))
+def _model(
+    checkpoint: Checkpoint | None, config: GPTConfig, settings: TrainSettings, reporter: Reporter
+) -> GPT:
+    if checkpoint is None:
+        return GPT(config)
+    if not settings.reinit_embeddings:
+        return build_model(dataclasses.replace(checkpoint, config=config))
+    model = GPT(config)
+    fresh = ("transformer.wte.weight", "lm_head.weight")
+    kept = {name: value for name, value in checkpoint.model.items() if name not in fresh}
+    model.load_state_dict(kept, strict=False)
+    reporter.say(
+        f"embeddings: {config.vocab_size} fresh rows; the blocks and positions are those of "
+        f"{settings.init_from}"
+    )
+    return model
+
+
+def _listing(paths: RunPaths) -> list[list[str | int]]:
+    """Names and sizes in the run folder: by them a rank knows that it sees the disk of rank 0."""
+    files = sorted(path for path in paths.folder.iterdir() if path.is_file())
+    return [[path.name, path.stat().st_size] for path in files]
+
+
+@contextlib.contextmanager
+def _model_memory(config: GPTConfig) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise PicoEdgeError(
+            f"out of memory for a model of {config.n_layer} layers x {config.n_embd}, block_size "
+            f"{config.block_size}, vocab_size {config.vocab_size}: choose a smaller --preset, or a "
+            "smaller --n-embd or --n-layer"
+        ) from error
 
 
 def _sample_prompt(settings: TrainSettings, tokens: TokenData) -> str:
@@ -387,7 +457,12 @@ def _scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:
 
 
 def _recipes(
-    settings: TrainSettings, preset: str, config: GPTConfig, tokens: TokenData, device: torch.device
+    settings: TrainSettings,
+    preset: str,
+    config: GPTConfig,
+    tokens: TokenData,
+    device: torch.device,
+    workers: Workers,
 ) -> Callable[[int], Recipe]:
     """The recipe of this run for every number of iterations."""
 
@@ -396,7 +471,7 @@ def _recipes(
             preset,
             gpu=device.type != "cpu",
             max_iters=max_iters,
-            tokens_per_epoch=len(tokens.train),
+            tokens_per_epoch=len(tokens.train) // workers.world_size,  # read by one rank
             block_size=config.block_size,
         )
 

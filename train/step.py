@@ -11,15 +11,16 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pico_edge.config import GPTConfig
-from pico_edge.errors import DivergedError, PicoEdgeError
+from pico_edge.errors import ArtefactError, DivergedError, PicoEdgeError
 from pico_edge.train.data import Tokens, batch
+from pico_edge.train.distributed import Workers
 from pico_edge.train.model import GPT
 from pico_edge.train.optim import set_learning_rate
 from pico_edge.train.settings import Recipe
@@ -29,7 +30,10 @@ Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 @dataclass
 class Trainer:
-    """What a step works on. forward: the model, compiled or not. dtype: of the matrix products."""
+    """What a step works on. forward: the model, compiled or not, averaging over the ranks or not.
+
+    dtype: of the matrix products. recipe: batch_size and grad_accum are those of one rank.
+    """
 
     model: GPT
     forward: Forward
@@ -41,6 +45,7 @@ class Trainer:
     dtype: torch.dtype
     world_size: int = 1
     rank: int = 0
+    workers: Workers = field(default_factory=Workers)
 
     @property
     def tokens_per_iter(self) -> int:
@@ -70,6 +75,7 @@ def train_step(trainer: Trainer, step: int, rate: float) -> StepResult:
     recipe, scaler = trainer.recipe, trainer.scaler
     for optimizer in trainer.optimizers:
         optimizer.zero_grad(set_to_none=True)
+    trainer.workers.seed_step(recipe.seed, step)
     total = torch.zeros((), device=trainer.device)
     for micro_step in range(recipe.grad_accum):
         x, y = batch(
@@ -80,9 +86,11 @@ def train_step(trainer: Trainer, step: int, rate: float) -> StepResult:
             batch_size=recipe.batch_size,
             block_size=trainer.model.config.block_size,
         )  # (B, T) each
+        check_ids(x, y, trainer.model.config.vocab_size)
         x = x.to(trainer.device, non_blocking=True)
         y = y.to(trainer.device, non_blocking=True)
-        with trainer.autocast():
+        last = micro_step == recipe.grad_accum - 1
+        with trainer.autocast(), trainer.workers.gradients(trainer.forward, last=last):
             _, loss = trainer.forward(x, y)
         assert loss is not None
         loss = loss / recipe.grad_accum
@@ -93,7 +101,8 @@ def train_step(trainer: Trainer, step: int, rate: float) -> StepResult:
     norm = torch.nn.utils.clip_grad_norm_(
         trainer.model.parameters(), recipe.grad_clip or math.inf, foreach=True
     )
-    result = StepResult(total.item(), norm.item())
+    # Of all ranks, whose gradients are the same by now: either all go on or none does.
+    result = StepResult(trainer.workers.mean(total.item()), norm.item())
     # float16 finds its loss scale by overflowing now and then; its scaler skips that update by
     # itself.
     overflow = scaler.is_enabled() and scaler.get_scale() > 1.0
@@ -105,6 +114,19 @@ def train_step(trainer: Trainer, step: int, rate: float) -> StepResult:
         scaler.step(optimizer)
     scaler.update()
     return result
+
+
+def check_ids(x: Tensor, y: Tensor, vocab_size: int) -> None:
+    """Refuse token ids that the model has no row for. The cache on disk may change under a run.
+
+    Raises ArtefactError; what a device would say ranges from IndexError to nothing.
+    """
+    highest = max(int(x.max()), int(y.max()))
+    if highest >= vocab_size:
+        raise ArtefactError(
+            f"the token cache has changed while in use: token id {highest}, expected under "
+            f"{vocab_size}: start again with --resume, it is made anew"
+        )
 
 
 def divergence(trainer: Trainer, step: int, rate: float, found: str) -> DivergedError:
@@ -122,12 +144,17 @@ def memory_errors(recipe: Recipe, config: GPTConfig) -> Iterator[None]:
     """Turn every form of "out of memory" into a PicoEdgeError that names what to make smaller."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise PicoEdgeError(_memory_message(recipe, config)) from error
-    except RuntimeError as error:  # torch's CPU allocator has no class of its own
-        if "DefaultCPUAllocator" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         raise PicoEdgeError(_memory_message(recipe, config)) from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it says so in any of the forms of Python, CUDA and torch's CPU allocator."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "DefaultCPUAllocator" in str(error)  # which has no class of its own
 
 
 def _memory_message(recipe: Recipe, config: GPTConfig) -> str:

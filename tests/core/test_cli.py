@@ -31,8 +31,8 @@ FLAGS = {
         "--batch-size --beta1 --beta2 --bias --block-size --compile --debug --device --dropout "
         "--dtype --encoding --eval-interval --eval-iters --force --gelu --grad-accum --grad-clip "
         "--init-from --json --learning-rate --max-iters --min-lr --minutes --n-embd --n-head "
-        "--n-layer --optimizer --out --preset --quiet --ranks --resume --sample-prompt --seed "
-        "--tensorboard "
+        "--n-layer --optimizer --out --preset --quiet --ranks --reinit-embeddings --resume "
+        "--sample-prompt --seed --tensorboard "
         "--text-field --threads --tokenizer --val-data --val-fraction --vocab-size --warmup-iters "
         "--weight-decay"
     ),

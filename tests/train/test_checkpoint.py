@@ -599,27 +599,20 @@ def save_in_child(kind: str, number: int, save: Callable[[], None]) -> str:
     return ("untouched", "done", "failed")[os.WEXITSTATUS(status)]
 
 
-# "Killed before" is "killed after" the call before it.
-@needs_fork
-@pytest.mark.parametrize("kind", ["ENOSPC", "EIO", "killed after", "killed half way"])
-def test_a_save_that_fails_at_any_call_leaves_the_old_checkpoint_or_the_new(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Row 1, with four tensors: which weights there are is not what this is about."""
-    monkeypatch.setattr(checkpoint_module, "_check_weights", lambda *_: None)
-    older, old, new = (
-        make_checkpoint(seed, model={name: torch.full((5,), float(seed)) for name in "abcd"})
-        for seed in range(3)
-    )
-    monkeypatch.setattr(publish_module, "PAUSES_S", (0.0, 0.0))
+def fail_every_call(kind: str, folder: Path, states: list[Checkpoint]) -> list[str]:
+    """Save states[2] over states[1], whose predecessor is states[0], with each call failing once.
+
+    Asserts that what is found afterwards is the old or the new, and returns what came of each save.
+    """
+    older, old, new = states
     attempt = save_in_child if kind.startswith("killed") else save_with_failing_call
-    path, previous = tmp_path / "last.pt", tmp_path / "last.prev.pt"
+    path, previous = folder / "last.pt", folder / "last.prev.pt"
     save_checkpoint(path, older)
     older_bytes = path.read_bytes()
     save_checkpoint(path, old)
     old_bytes = path.read_bytes()
     outcomes = []
-    for number in range(1, 1000):
+    for number in range(1, 10_000):
         previous.write_bytes(older_bytes)
         path.write_bytes(old_bytes)
         outcome = attempt(kind, number, lambda: save_checkpoint(path, new, previous=previous))
@@ -627,7 +620,7 @@ def test_a_save_that_fails_at_any_call_leaves_the_old_checkpoint_or_the_new(
         if outcome == "killed":
             remove_stale(path)
             remove_stale(previous)
-        assert {entry.name for entry in tmp_path.iterdir()} == {path.name, previous.name}, number
+        assert {entry.name for entry in folder.iterdir()} == {path.name, previous.name}, number
         kept = previous.read_bytes()
         if path.read_bytes() == old_bytes:
             assert outcome in ("failed", "killed"), number
@@ -638,8 +631,57 @@ def test_a_save_that_fails_at_any_call_leaves_the_old_checkpoint_or_the_new(
         if outcome == "untouched":
             break
     assert outcomes[-1] == "untouched"
-    assert len(outcomes) > 30  # so many writes torch.save makes at least, and each one was failed
     assert {"ENOSPC": "failed", "EIO": "done"}.get(kind, "killed") in outcomes
+    return outcomes
+
+
+# "Killed before" is "killed after" the call before it.
+FAILURES = ["ENOSPC", "EIO", "killed after", "killed half way"]
+
+
+@needs_fork
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_save_that_fails_at_any_call_leaves_the_old_checkpoint_or_the_new(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row 1, with four tensors: which weights there are is not what this is about."""
+    monkeypatch.setattr(checkpoint_module, "_check_weights", lambda *_: None)
+    monkeypatch.setattr(publish_module, "PAUSES_S", (0.0, 0.0))
+    states = [
+        make_checkpoint(seed, model={name: torch.full((5,), float(seed)) for name in "abcd"})
+        for seed in range(3)
+    ]
+    # So many writes torch.save makes at least, and each one was failed.
+    assert len(fail_every_call(kind, tmp_path, states)) > 30
+
+
+@needs_fork
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*FAILURES, "killed before"])
+def test_a_whole_resumable_state_survives_the_failure_of_any_call(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row 1 with all there is in a last.pt: weights, moments, random states."""
+    monkeypatch.setattr(publish_module, "PAUSES_S", (0.0, 0.0))
+    states = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = GPT(dataclasses.replace(CONFIG, bias=True))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        ids = torch.arange(8)[None]
+        model(ids, ids)[1].backward()
+        optimizer.step()
+        resume = {"optimizers": [optimizer.state_dict()], "random": {"cpu": torch.get_rng_state()}}
+        states.append(
+            make_checkpoint(seed, config=model.config, model=model_state(model), resume=resume)
+        )
+    n_tensors = sum(
+        isinstance(v, torch.Tensor)
+        for s in states[2].resume["optimizers"][0]["state"].values()
+        for v in s.values()
+    ) + len(states[2].model)
+    assert n_tensors > 36
+    assert len(fail_every_call(kind, tmp_path, states)) > 200
 
 
 def test_a_full_disk_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -292,6 +292,40 @@ def test_a_fine_tune_keeps_tokenizer_and_shape_and_starts_from_the_weights(whole
         )
 
 
+def test_another_tokenizer_needs_and_gets_fresh_embeddings(whole, data, tmp_path):
+    first = load_checkpoint(whole / "ckpt.pt")
+    settings = TrainSettings(
+        out=str(tmp_path / "tuned.pt"),
+        init_from=str(whole / "ckpt.pt"),
+        reinit_embeddings=True,
+        tokenizer="bpe",
+        vocab_size=300,
+        max_iters=10,
+        batch_size=4,
+        threads=1,
+    )
+    lines = Lines()
+    train([data], dataclasses.replace(settings, max_iters=1, learning_rate=1e-9), reporter=lines)
+    tuned = load_checkpoint(tmp_path / "tuned.pt")
+    assert tuned.tokenizer.kind == "bpe"
+    assert tuned.config == dataclasses.replace(first.config, vocab_size=304)
+    assert [line for line in lines.lines if line.startswith("embeddings: 304 fresh rows; ")]
+    tables = {"transformer.wte.weight", "lm_head.weight"}
+    for name in first.model.keys() - tables:
+        assert torch.allclose(tuned.model[name], first.model[name], atol=1e-6), name
+    assert 0.01 < tuned.model["lm_head.weight"].std() < 0.03  # as GPT-2 starts
+    result = train([data], dataclasses.replace(settings, force=True), reporter=quiet())
+    assert result.val_loss < 5.6
+
+    for name in ("tokenizer", "vocab_size"):
+        with pytest.raises(UsageError, match=rf"^{name} is given.*add --reinit-embeddings"):
+            TrainSettings(init_from="ckpt.pt", **{name: getattr(settings, name)})
+    with pytest.raises(UsageError, match="without init_from"):
+        TrainSettings(reinit_embeddings=True)
+    with pytest.raises(UsageError, match="block_size is 99"):
+        train([data], dataclasses.replace(settings, block_size=99, force=True), reporter=quiet())
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_optimizer_and_type_trains(optimizer, dtype, data, tmp_path):

@@ -62,6 +62,13 @@ def leftovers(folder):
     return [path for path in folder.rglob("*") if ".tmp-" in path.name or ".probe" in path.name]
 
 
+def wait_for(path, process):
+    deadline = time.monotonic() + 120
+    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert path.exists(), process.communicate()
+
+
 # Row 3
 
 
@@ -75,10 +82,8 @@ def test_signals_give_their_exit_codes_and_the_command_that_continues(folder):
             [*command, f"{name}.pt"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
     for name, process in started.items():
-        deadline = time.monotonic() + 120
         last = folder / f"{name}.run" / "last.pt"
-        while not last.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_for(last, process)
         process.send_signal(getattr(signal, name))
         out, err = process.communicate(timeout=120)
         assert process.returncode == 128 + getattr(signal, name), err
@@ -89,14 +94,49 @@ def test_signals_give_their_exit_codes_and_the_command_that_continues(folder):
         assert load_checkpoint(last).iter > 0
 
 
+def test_a_second_ctrl_c_ends_a_save_at_once_and_the_checkpoint_before_it_is_whole(folder):
+    """A real process whose disk is slow: the first signal waits for the save, the second does not.
+
+    And while it runs, a second trainer is refused (row 7).
+    """
+    code = (
+        "import os, time; from pico_edge.cli import main; real = os.fsync\n"
+        "def slow(fd):\n"
+        "    real(fd)\n"
+        "    if os.path.exists('slow'):\n"
+        "        open('saving', 'w').close(); time.sleep(600)\n"
+        "os.fsync = slow; main()"
+    )
+    command = [sys.executable, "-c", code, "train", "data.txt", *SHAPE, "--threads", "1"]
+    command += ["--max-iters", "1000000", "--eval-interval", "5"]
+    last = folder / "ckpt.run" / "last.pt"
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(last, process)
+    again = subprocess.run([*command, "--force"], capture_output=True, text=True, timeout=120)
+    assert again.returncode == 1
+    assert f"error: ckpt.run: process {process.pid} on " in again.stderr
+    (folder / "slow").touch()
+    wait_for(folder / "saving", process)
+    before = last.read_bytes()
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (130, ""), err
+    assert "Traceback" not in err
+    assert last.read_bytes() == before and load_checkpoint(last).iter > 0
+    assert not leftovers(folder)
+
+
 # Row 4
 
 
 @pytest.fixture
 def disk(monkeypatch):
     """A disk that is full for `last.pt` while disk["full"] is true."""
-    state = {"full": False}
     opened = set()
+    state = {"full": False, "error": True, "opened": opened}
     real_open, real_write = os.open, os.write
 
     def open_(path, *arguments, **options):
@@ -105,7 +145,7 @@ def disk(monkeypatch):
         return fd
 
     def write(fd, data):
-        if state["full"] and fd in opened:
+        if state["full"] and state["error"] and fd in opened:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real_write(fd, data)
 
@@ -175,6 +215,32 @@ def test_too_little_space_is_said_before_the_first_step(folder, monkeypatch):
         train(["data.txt"], TINY, reporter=DiskReporter({}, {}))
 
 
+# Row 5
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EDQUOT])
+def test_an_error_that_passes_costs_one_warning_and_no_checkpoint(
+    number, folder, disk, monkeypatch, capsys
+):
+    real, left = os.write, [1]
+
+    def write(fd, data):
+        if disk["full"] and fd in disk["opened"] and left[0]:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number))
+        return real(fd, data)
+
+    monkeypatch.setattr(os, "write", write)
+    reporter = DiskReporter(disk, {"iter 20/": True})
+    disk["error"] = False
+    train(["data.txt"], TINY, reporter=reporter)
+    warned = capsys.readouterr().err
+    assert warned == f"warning: ckpt.run/last.pt: {os.strerror(number)}: trying again\n"
+    assert not [line for line in reporter.lines if "could not be saved" in line]
+    assert load_checkpoint("ckpt.run/last.pt").iter == 40
+    assert load_checkpoint("ckpt.run/last.prev.pt").iter == 30
+
+
 # Row 6
 
 
@@ -242,6 +308,33 @@ def test_the_lock_of_a_dead_process_is_taken_over_with_a_notice(folder, capsys):
     assert code == 0
     assert "took over from process 4194303 on elsewhere" in err
     assert (folder / "ckpt.run" / "lock").read_text() == ""
+
+
+# Rows 8, 11 and 12 (what load_checkpoint refuses, and why: test_checkpoint.py)
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("marker",)
+
+
+@pytest.mark.parametrize("flag", ["--init-from", "--resume"])
+def test_a_checkpoint_that_is_refused_exits_3_and_runs_nothing(flag, folder, capsys):
+    assert pico_edge(capsys, "train", "data.txt", *FLAGS, "--quiet")[0] == 0
+    whole = (folder / "ckpt.pt").read_bytes()
+    path = folder / ("ckpt.run/last.pt" if flag == "--resume" else "ckpt.pt")
+    (folder / "ckpt.run" / "last.prev.pt").unlink()
+    arguments = ["--resume"] if flag == "--resume" else ["--init-from", "ckpt.pt", "-o", "new.pt"]
+    whole = path.read_bytes()
+    newer = torch.load(io.BytesIO(whole), weights_only=True) | {"format_version": 7}
+    torch.save(newer | {"file_bytes": "?"}, path)
+    assert "format 7, this pico-edge reads 1" in refused(capsys, 3, "data.txt", *arguments)
+    torch.save({"kind": "pico-edge checkpoint", "model": Payload()}, path)
+    assert "more than tensors" in refused(capsys, 3, "data.txt", *arguments)
+    assert not (folder / "marker").exists()
+    for cut in (whole[:-1], whole[:100], b""):
+        path.write_bytes(cut)
+        assert str(path.name) in refused(capsys, 3, "data.txt", *arguments)
 
 
 # Row 13
@@ -358,6 +451,18 @@ def test_out_of_memory_names_what_to_make_smaller():
         torch.zeros(2) + torch.zeros(3)
 
 
+def test_a_process_out_of_memory_names_what_to_make_smaller_and_leaves_its_files_whole(
+    folder, capsys
+):
+    flags = [*FLAGS, "--batch-size", str(10**13)]
+    error = refused(capsys, 1, "data.txt", *flags)
+    assert "batch_size 10000000000000, block_size 8, grad_accum 1" in error
+    large = ["--n-embd", str(2**24), "--vocab-size", str(2**24 - 1), "--tokenizer", "simple"]
+    error = refused(capsys, 1, "data.txt", *FLAGS, *large)
+    assert "layers x 16777216" in error and "--n-embd" in error
+    assert not (folder / "ckpt.pt").exists() and not leftovers(folder)
+
+
 # Row 16
 
 
@@ -381,6 +486,48 @@ def test_too_little_data_is_refused_with_tokens_found_and_needed(content, flags,
 def test_missing_data_is_refused_and_nothing_is_made(folder, capsys):
     assert "nothing.txt" in refused(capsys, 3, "nothing.txt")
     assert [path.name for path in folder.iterdir()] == ["data.txt"]
+
+
+# Row 17 (every encoding and shape of text: test_data.py)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"good " * 100 + b"\xff\xfe bad", "byte offset 500"),
+        ("no mark ".encode("utf-16-le") * 99, "--encoding utf-16-le"),
+    ],
+)
+def test_text_that_is_none_is_refused_with_offset_and_encoding(content, named, folder, capsys):
+    (folder / "data.txt").write_bytes(content)
+    error = refused(capsys, 3, "data.txt", *FLAGS)
+    assert named in error and "--encoding" in error
+
+
+# Row 18
+
+
+@pytest.mark.parametrize("damage", ["cut", "overwritten"])
+def test_a_token_cache_that_changes_under_a_run_ends_it_with_exit_code_3(damage, folder, capsys):
+    """In a process of its own: reading a mapped file that was cut would be SIGBUS."""
+    code = (
+        "import os, pathlib; from pico_edge.cli import main; from pico_edge.train import report\n"
+        "def say(self, text):\n"
+        "    if text.startswith('iter 20/'):\n"
+        "        for path in pathlib.Path('ckpt.run').glob('tokens*.bin'):\n"
+        "            size = path.stat().st_size\n"
+        f"            if {damage == 'cut'}: os.truncate(path, 8)\n"
+        "            else: path.write_bytes(b'\\xff' * size)\n"
+        "report.Reporter.say = say; main()"
+    )
+    command = [sys.executable, "-c", code, "train", "data.txt", *FLAGS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (3, ""), done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert load_checkpoint(folder / "ckpt.run" / "last.pt").iter == 20
+    # The next start makes it again.
+    code, _, err = pico_edge(capsys, "train", "data.txt", "--resume", "--threads", "1")
+    assert code == 0 and "made again" in err
 
 
 # Row 19
