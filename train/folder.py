@@ -1,7 +1,8 @@
 """Where a run keeps its files, and what it refuses or clears before it begins.
 
     ckpt.pt          the model with the best held-out loss
-    ckpt.run/        last.pt, last.prev.pt, metrics.jsonl, samples.txt, loss.png, token cache, lock
+    ckpt.run/        last.pt, last.prev.pt, metrics.jsonl, samples.txt, loss.png, token cache, lock,
+                     bpe.json (a trained tokenizer), stdin.txt (of `pico-edge train -`)
 
 Try: `run_paths("ckpt.pt").last` -> ckpt.run/last.pt.
 """
@@ -31,6 +32,7 @@ class RunPaths:
     metrics: Path
     samples: Path
     image: Path
+    stdin: Path
 
 
 def run_paths(out: str | os.PathLike[str]) -> RunPaths:
@@ -48,6 +50,7 @@ def run_paths(out: str | os.PathLike[str]) -> RunPaths:
         metrics=folder / "metrics.jsonl",
         samples=folder / "samples.txt",
         image=folder / "loss.png",
+        stdin=folder / "stdin.txt",
     )
 
 

@@ -22,7 +22,6 @@ from pico_edge.train.checkpoint import (
     model_state,
     save_checkpoint,
 )
-from pico_edge.train.data import find_files
 from pico_edge.train.evaluate import bits_per_byte, evaluate, sample_text
 from pico_edge.train.folder import (
     check_old_run,
@@ -51,6 +50,7 @@ from pico_edge.train.settings import TrainSettings
 from pico_edge.train.setup import Run, StrPath, set_up
 from pico_edge.train.signals import StopRequest, stop_requests
 from pico_edge.train.step import StepResult, divergence, memory_errors, train_step
+from pico_edge.train.text import STDIN, find_files, spool_stdin
 
 # Besides every evaluation: what a power cut may cost at most, in a run whose evaluations are far
 # apart.
@@ -66,7 +66,8 @@ def train(
 ) -> TrainResult:
     """Train a model on text files and leave it in `settings.out`, its run folder beside it.
 
-    data: files, folders, globs. started: time.perf_counter() at the start of the process, from
+    data: files, folders, globs; "-" is standard input, kept in the run folder, where a resume finds
+    it again. started: time.perf_counter() at the start of the process, from
     which minutes and elapsed_s count. Raises UsageError, ArtefactError (data or checkpoint
     refused), DivergedError, or PicoEdgeError (device missing, folder in use, out of memory, disk
     full at the end).
@@ -74,14 +75,17 @@ def train(
     started = time.perf_counter() if started is None else started
     reporter = Reporter() if reporter is None else reporter
     paths = run_paths(settings.out)
-    find_files(data)  # a wrong name is refused before a folder is made
+    named = [path for path in data if path != STDIN]
+    if named or not data:
+        find_files(named)  # a wrong name is refused before a folder is made
     open_folder(paths, resume=settings.resume, force=settings.force)
     with run_lock(paths.folder) as dead:
         if dead is not None:
             reporter.say(f"{paths.folder}: took over from {dead}, which no longer runs")
         check_old_run(paths, resume=settings.resume, force=settings.force)
         remove_leftovers(paths)
-        run = set_up(data, settings, paths, reporter, started=started)
+        files = spool_stdin(data, paths.stdin, resume=settings.resume, reporter=reporter)
+        run = set_up(files, settings, paths, reporter, started=started)
         if settings.resume:
             cut_metrics(paths.metrics, run.progress.iter)
             cut_file(paths.samples, run.progress.samples_bytes)

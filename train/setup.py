@@ -22,20 +22,12 @@ import torch
 from pico_edge.config import GPTConfig
 from pico_edge.errors import ArtefactError, PicoEdgeError, UsageError
 from pico_edge.tokenizer import Tokenizer, padded_vocab_size
+from pico_edge.train.bpe import choose_tokenizer, default_tokenizer
 from pico_edge.train.budget import lay_schedule
 from pico_edge.train.checkpoint import (
     Checkpoint,
     build_model,
     load_checkpoint,
-)
-from pico_edge.train.data import (
-    TokenData,
-    choose_tokenizer,
-    default_tokenizer,
-    find_files,
-    fingerprint,
-    prepare_tokens,
-    text_bytes,
 )
 from pico_edge.train.evaluate import sample_text
 from pico_edge.train.folder import RunPaths, check_space
@@ -59,6 +51,8 @@ from pico_edge.train.settings import (
     nearest_preset,
 )
 from pico_edge.train.step import Forward, Trainer
+from pico_edge.train.text import find_files, fingerprint, text_bytes
+from pico_edge.train.tokens import TokenData, prepare_tokens
 
 StrPath = str | os.PathLike[str]
 
@@ -103,7 +97,7 @@ def set_up(
     if settings.resume and checkpoint is not None:
         _check_same_data(checkpoint, files, val_files)
         settings = _with_stored_reading(settings, checkpoint)
-    config, preset, tokenizer = _shape(files, settings, checkpoint, reporter)
+    config, preset, tokenizer = _shape(files, settings, checkpoint, paths.folder, reporter)
     tokens = prepare_tokens(
         files,
         tokenizer,
@@ -113,6 +107,8 @@ def set_up(
         val_files=val_files,
         encoding=settings.encoding,
         text_field=settings.text_field,
+        threads=settings.threads,
+        reporter=reporter,
     )
     reporter.say(
         f"data: {count(len(tokens.train))} tokens to train on, {count(len(tokens.val))} held out; "
@@ -278,6 +274,7 @@ def _shape(
     files: Sequence[Path],
     settings: TrainSettings,
     checkpoint: Checkpoint | None,
+    folder: Path,
     reporter: Reporter,
 ) -> tuple[GPTConfig, tuple[str, str], Tokenizer]:
     """Shape of the model, preset of its training values (name, reason), tokenizer."""
@@ -300,8 +297,6 @@ def _shape(
         kind, vocab_size = settings.tokenizer, settings.vocab_size or vocab_size
     elif settings.vocab_size is not None:
         kind, vocab_size = "bpe", settings.vocab_size  # nothing else has a size to choose
-    if kind == "bpe":
-        reporter.say(f"training a tokenizer of {vocab_size} tokens on the text")
     tokenizer = choose_tokenizer(
         kind,
         files,
@@ -310,6 +305,8 @@ def _shape(
         encoding=settings.encoding,
         text_field=settings.text_field,
         val_fraction=0.0 if settings.val_data is not None else settings.val_fraction,
+        folder=folder,
+        reporter=reporter,
     )
     rows = padded_vocab_size(tokenizer.n_vocab)
     if kind != "bpe" and settings.vocab_size is not None:

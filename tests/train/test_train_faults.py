@@ -19,8 +19,8 @@ import torch
 from pico_edge.cli import main
 from pico_edge.config import GPTConfig
 from pico_edge.errors import DivergedError, PicoEdgeError, UsageError
+from pico_edge.train.batches import batch
 from pico_edge.train.checkpoint import load_checkpoint
-from pico_edge.train.data import batch
 from pico_edge.train.lock import run_lock
 from pico_edge.train.loop import train
 from pico_edge.train.model import GPT
