@@ -109,8 +109,8 @@ def choose_tokenizer(
     tokenizer = train_bpe(sample, vocab_size, reporter=reporter)
     if path is not None:
         content = json.dumps({"key": key, "tokenizer": tokenizer.to_dict()}).encode()
-        remove_stale(path)
         path.parent.mkdir(exist_ok=True)
+        remove_stale(path)
         publish(path, lambda file: file.write(content))
     return tokenizer
 
