@@ -247,6 +247,7 @@ class _Loop:
             settings=run.source | run.trainer.recipe.to_dict(),
             data=run.data.fingerprint,
             versions=library_versions(),
+            ngrams=run.ngrams,
         )
 
     @contextlib.contextmanager

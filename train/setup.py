@@ -21,6 +21,7 @@ import torch
 
 from pico_edge.config import GPTConfig
 from pico_edge.errors import ArtefactError, PicoEdgeError, UsageError
+from pico_edge.ngrams import NGrams
 from pico_edge.tokenizer import Tokenizer, padded_vocab_size
 from pico_edge.train.bpe import choose_tokenizer, default_tokenizer
 from pico_edge.train.budget import lay_schedule
@@ -32,6 +33,7 @@ from pico_edge.train.checkpoint import (
 from pico_edge.train.evaluate import sample_text
 from pico_edge.train.folder import RunPaths, check_space
 from pico_edge.train.model import GPT
+from pico_edge.train.ngrams import count_ngrams
 from pico_edge.train.optim import make_optimizers
 from pico_edge.train.report import Reporter, count, duration
 from pico_edge.train.resume import (
@@ -72,6 +74,7 @@ class Run:
     sample_prompt: str
     compiled: bool
     source: dict[str, Any]
+    ngrams: NGrams
 
 
 def set_up(
@@ -148,6 +151,7 @@ def set_up(
             "encoding": settings.encoding,
             "text_field": settings.text_field,
         },
+        ngrams=_ngrams(settings, checkpoint, tokens, tokenizer),
     )
     if settings.resume and checkpoint is not None:
         trainer.recipe = check_flags(checkpoint, settings, reporter)
@@ -321,6 +325,17 @@ def _shape(
 
 def _model(checkpoint: Checkpoint, config: GPTConfig) -> GPT:
     return build_model(dataclasses.replace(checkpoint, config=config))
+
+
+def _ngrams(
+    settings: TrainSettings,
+    checkpoint: Checkpoint | None,
+    tokens: TokenData,
+    tokenizer: Tokenizer,
+) -> NGrams:
+    if settings.resume and checkpoint is not None and checkpoint.ngrams is not None:
+        return checkpoint.ngrams
+    return count_ngrams(tokens.train, tokenizer.n_vocab)
 
 
 def _sample_prompt(settings: TrainSettings, tokens: TokenData) -> str:
