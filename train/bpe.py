@@ -156,8 +156,10 @@ def sample_texts(texts: Iterable[str], n_bytes: int) -> list[str]:
     for text in texts:
         size = len(text.encode())
         seen += size
-        if kept + size <= part * seen + size / 2:  # as near to the line as whole texts come
-            if kept + size > SAMPLE_BYTES:
+        if (
+            not sample or kept + size <= part * seen + size / 2
+        ):  # as near to the line as whole texts come
+            if sample and kept + size > SAMPLE_BYTES:
                 break
             sample.append(text)
             kept += size

@@ -94,7 +94,7 @@ class Tokens:
         if len(ids) and (highest := int(ids.max())) >= self._n_vocab:
             raise ArtefactError(
                 f"{self._file.name} has token id {highest}: expected under {self._n_vocab}: "
-                "start again, it is made anew"
+                "delete it and start again, it is made anew"
             )
         return ids[::step]
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import base64
 import collections
+import hashlib
+import io
 import itertools
+import json
+import os
 import re
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +20,9 @@ from hypothesis import strategies as st
 
 from pico_edge.errors import ArtefactError, PicoEdgeError, UsageError
 from pico_edge.tokenizer import BPETokenizer
-from pico_edge.train.bpe import choose_tokenizer, default_tokenizer, train_bpe
+from pico_edge.train import bpe as bpe_module
+from pico_edge.train.bpe import choose_tokenizer, default_tokenizer, sample_texts, train_bpe
+from pico_edge.train.report import Reporter
 from pico_edge.train.text import text_bytes
 
 ENGLISH = "It was the best of times, it was the worst of times; isn't it 1859?\n\n"
@@ -184,3 +191,133 @@ def test_gpt2_without_a_network_names_the_way_out(
     with pytest.raises(PicoEdgeError, match="--ranks FILE") as caught:
         choose_tokenizer("gpt2", [])
     assert "\n" not in str(caught.value)
+
+
+# GPT-2 without a network
+
+
+def tiktokens_cache(ranks: Path, folder: Path) -> None:
+    """The two files that tiktoken downloads for gpt2, byte for byte, made of their ranks again."""
+    tokens = [base64.b64decode(line.split()[0]) for line in ranks.read_bytes().splitlines()]
+    rank_of = {token: rank for rank, token in enumerate(tokens)}
+    byte_of = bpe_module._bytes_of_characters()
+    character = {byte: c for c, byte in byte_of.items()}
+
+    def spelled(token: bytes) -> str:
+        return "".join(character[byte] for byte in token)
+
+    merges = ["#version: 0.2"]
+    for rank, token in enumerate(tokens[256:], start=256):
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            made = [rank_of.get(a + b, rank) for a, b in itertools.pairwise(parts)]
+            at = made.index(min(made))
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        merges.append(" ".join(map(spelled, parts)))
+    encoder = {spelled(token): rank for token, rank in rank_of.items()} | {"<|endoftext|>": 50256}
+    site = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+    for name, content in (
+        ("vocab.bpe", "\n".join(merges) + "\n"),
+        ("encoder.json", json.dumps(encoder)),
+    ):
+        write(folder / hashlib.sha1((site + name).encode()).hexdigest(), content)
+
+
+def test_gpt2_needs_no_network_once_it_was_fetched_or_with_its_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = Path(os.environ.get("PICO_EDGE_DATA", "no such folder"), "gpt2.tiktoken")
+    if not ranks.exists():
+        pytest.skip("PICO_EDGE_DATA names no folder with gpt2.tiktoken")
+    import tiktoken.registry
+
+    sockets = []
+
+    def no_network(*arguments: object, **_: object) -> None:
+        sockets.append(arguments)
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    tiktokens_cache(ranks, tmp_path)
+    fetched = choose_tokenizer("gpt2", [])
+    given = choose_tokenizer("gpt2", [], ranks=ranks)
+    assert isinstance(fetched, BPETokenizer) and isinstance(given, BPETokenizer)
+    assert fetched.tokens == given.tokens and fetched.n_vocab == 50257
+    assert fetched.encode("Hello world") == [15496, 995]
+    assert sockets == []
+
+
+# Large texts
+
+
+def test_a_large_text_is_sampled_from_first_to_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bpe_module, "SAMPLE_BYTES", 10_000)
+    texts = [f"{i:04} " * 20 for i in range(1000)]  # 100 bytes each
+    sample = sample_texts(texts, 100_000)
+    numbers = [int(text[:4]) for text in sample]
+    assert numbers == sorted(numbers) and 95 <= len(numbers) <= 100
+    assert numbers[0] < 20 and numbers[-1] > 980
+    assert max(b - a for a, b in itertools.pairwise(numbers)) <= 20
+    assert sample_texts(iter(texts), 100_000) == sample
+    assert sample_texts(texts[:100], 10_000) == texts[:100]  # few: all
+    # A size that is not known well: never more than the limit, never nothing.
+    assert 95 <= len(sample_texts(texts, 1)) <= 100
+    assert sample_texts(texts, 10**9) == texts[:1]
+    assert sample_texts([], 0) == []
+
+
+def test_words_that_all_differ_are_bounded_and_still_spread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bpe_module, "DISTINCT_BYTES", 1000)
+    texts = ["".join(f"{i:03}{j} " for j in range(10)) for i in range(100)]  # 40 bytes of words
+    numbers = [int(text[:3]) for text in sample_texts(texts, 5000)]
+    assert len(numbers) == 25
+    assert max(b - a for a, b in itertools.pairwise([0, *numbers, 99])) <= 8
+    assert sample_texts(["common words " * 5] * 100, 6500) == ["common words " * 5] * 100
+    assert sample_texts(["x" * 5000], 5000) == ["x" * 5000]  # one text is needed
+
+
+def test_what_was_sampled_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bpe_module, "SAMPLE_BYTES", 100_000)
+    path = write(tmp_path / "a.txt", "".join(f"{ENGLISH}{i}" for i in range(20_000)))
+    stream = io.StringIO()
+    tokenizer = choose_tokenizer("bpe", [path], vocab_size=300, reporter=Reporter(stream))
+    assert tokenizer.n_vocab == 300
+    expected = r"training a tokenizer of 300 tokens on \d+kB spread over 1.\d+MB of text\n"
+    assert re.fullmatch(expected, stream.getvalue())
+
+
+def test_a_trained_tokenizer_is_kept_until_something_changes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, run = write(tmp_path / "a.txt", ENGLISH * 100), tmp_path / "run"
+    trained = []
+    real = bpe_module.train_bpe
+
+    def counting(*arguments: Any, **options: Any) -> BPETokenizer:
+        trained.append(options)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(bpe_module, "train_bpe", counting)
+
+    def tokens(**options: Any) -> list[bytes]:
+        made = choose_tokenizer("bpe", [path], folder=run, **{"vocab_size": 270, **options})
+        assert isinstance(made, BPETokenizer)
+        return made.tokens
+
+    first = tokens()
+    assert tokens() == first and len(trained) == 1
+    assert len(tokens(vocab_size=265)) == 264 and len(trained) == 2
+    assert tokens(val_fraction=0.5) and tokens(encoding="latin-1") and len(trained) == 4
+    write(path, CHINESE * 100)
+    assert tokens() != first and len(trained) == 5
+    whole = (run / "bpe.json").read_bytes()
+    for damage in (b"", b"[]", whole[:-9], whole.replace(b'"bpe"', b'"bqe"')):
+        write(run / "bpe.json", damage)
+        assert tokens() and capsys.readouterr().err.count("is damaged") == 1
+    assert len(trained) == 9
+    assert [file.name for file in run.iterdir()] == ["bpe.json"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import gzip
+import io
 import json
 import os
 import re
@@ -13,10 +15,17 @@ from typing import Any
 
 import pytest
 
-from pico_edge.errors import ArtefactError, UsageError
+from pico_edge.errors import ArtefactError, PicoEdgeError, UsageError
 from pico_edge.tokenizer import PIECE_CHARACTERS, BPETokenizer
 from pico_edge.train import text as text_module
-from pico_edge.train.text import find_files, fingerprint, read_documents, text_bytes
+from pico_edge.train.report import Reporter
+from pico_edge.train.text import (
+    find_files,
+    fingerprint,
+    read_documents,
+    spool_stdin,
+    text_bytes,
+)
 
 ENGLISH = "It was the best of times, it was the worst of times; isn't it 1859?\n\n"
 CHINESE = "道可道，非常道。名可名，非常名。無名天地之始；有名萬物之母。\n"  # noqa: RUF001
@@ -214,3 +223,69 @@ def test_pieces_of_a_stream_are_those_of_the_whole(
         assert [end for _, end in pieces] == [False] * (len(pieces) - 1) + [True]
         ids = [i for piece, _ in pieces for i in tokenizer.encode(piece)]
         assert ids == tokenizer.encode(text)
+
+
+# Standard input
+
+
+def spool(content: bytes, path: Path, *, resume: bool = False, data: Any = ("-",)) -> list[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+        return spool_stdin(data, path, resume=resume, reporter=Reporter(quiet=True))
+
+
+def test_standard_input_is_kept_byte_by_byte_in_its_place_among_the_files(tmp_path: Path) -> None:
+    path = tmp_path / "stdin.txt"
+    content = codecs.BOM_UTF16_LE + (AWKWARD * 90_000).encode("utf-16-le")
+    assert len(content) > 3 << 20
+    assert spool(content, path, data=["a.txt", "-", "b.txt", "-"]) == ["a.txt", path, "b.txt", path]
+    assert path.read_bytes() == content
+    assert documents(find_files([path, path])) == [AWKWARD * 90_000]
+    assert spool(b"other", path, data=["./-"]) == ["./-"]  # a file of that name
+    assert path.read_bytes() == content
+
+
+def test_a_resume_has_the_text_that_was_kept_and_reads_again_only_without_it(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "stdin.txt"
+    spool(b"the first", path)
+    spool(b"not read", path, resume=True)
+    assert path.read_bytes() == b"the first"
+    path.unlink()
+    spool(b"given again", path, resume=True)
+    assert path.read_bytes() == b"given again"
+    spool(b"a new run", path)
+    assert path.read_bytes() == b"a new run"
+
+
+def test_standard_input_that_ends_badly_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell() > 100:
+                raise OSError(errno.EIO, "broken pipe to a disk")
+            return super().read(60)
+
+    path = write(tmp_path / "stdin.txt", "old")
+    write(tmp_path / ".stdin.txt.tmp-99999", "of a killed process")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(Broken(b"x" * 1000)))
+    with pytest.raises(PicoEdgeError, match="standard input could not be copied"):
+        spool_stdin(["-"], path, resume=False, reporter=Reporter(quiet=True))
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [
+        ("stdin.txt", b"old")
+    ]
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(UsageError, match="no standard input: name a text file instead of -"):
+        spool_stdin(["-"], path, resume=False, reporter=Reporter(quiet=True))
+
+
+def test_reading_tells_the_bytes_taken_from_the_disk(tmp_path: Path) -> None:
+    files = [write(tmp_path / "a.txt", ENGLISH * 60_000), write(tmp_path / "b.txt", "b")]
+    files.append(write(tmp_path / "c.gz", gzip.compress(os.urandom(1 << 21).hex().encode())))
+    told: list[int] = []
+    for _ in read_documents(files, on_read=told.append):
+        pass
+    assert sum(told) == sum(file.stat().st_size for file in files)
+    assert max(told) <= (1 << 20) + (1 << 17)

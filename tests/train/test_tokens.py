@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+import io
+import itertools
 import json
 import os
+import re
+import threading
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +19,12 @@ import pytest
 import torch
 
 from pico_edge.errors import ArtefactError, UsageError
-from pico_edge.tokenizer import BPETokenizer, SimpleTokenizer
+from pico_edge.tokenizer import PIECE_CHARACTERS, BPETokenizer, SimpleTokenizer
+from pico_edge.train import report, throughput
 from pico_edge.train import tokens as tokens_module
 from pico_edge.train.batches import batch
 from pico_edge.train.bpe import choose_tokenizer, train_bpe
-from pico_edge.train.text import fingerprint
+from pico_edge.train.text import fingerprint, read_documents
 from pico_edge.train.tokens import HELD_OUT_BYTES, TokenData, Tokens, prepare_tokens
 
 ENGLISH = "It was the best of times, it was the worst of times; isn't it 1859?\n\n"
@@ -254,3 +260,164 @@ def test_batches_from_the_file_are_those_from_memory(tmp_path: Path) -> None:
     for step in range(5):
         for a, b in zip(draw(data.train, step), draw(memory, step), strict=True):
             assert torch.equal(a, b)
+
+
+# On all cores
+
+
+def awkward_files(folder: Path) -> list[Path]:
+    """Short documents, long ones, some that are a piece exactly, and end-of-text as plain text."""
+    texts = [ENGLISH, CHINESE, EMOJI, "<|endoftext|>", "\r\n", "x", "a" * PIECE_CHARACTERS]
+    lines = "\n".join(json.dumps({"text": texts[i % 7] * (i % 5 + 1)}) for i in range(70))
+    files = [write(folder / "a.jsonl", lines), write(folder / "b.txt", ENGLISH * 8000)]
+    files += [write(folder / "c.txt", CHINESE * 3000), write(folder / "d.txt", "")]
+    return [*files, write(folder / "e.txt", "a" * PIECE_CHARACTERS)]
+
+
+def test_the_ids_are_the_same_on_any_number_of_threads(tmp_path: Path) -> None:
+    files = awkward_files(tmp_path)
+    texts = ["".join(piece for piece, _ in read_documents([file])) for file in files[1:]]
+    bpe = train_bpe([ENGLISH, CHINESE, "<|endoftext|>" * 9], 340)
+    for tokenizer in (SimpleTokenizer(), bpe):
+        made = []
+        for threads in (1, 2, 5, None):
+            run = tmp_path / f"{tokenizer.kind}{threads}"
+            options = {"block_size": 64, "threads": threads, "val_files": [files[1]]}
+            data = prepare_tokens(files, tokenizer, run, **options)
+            made.append((run / "tokens.bin").read_bytes())
+            assert data.n_val_bytes == len(ENGLISH) * 8000
+        assert made.count(made[0]) == 4
+        expected: list[int] = []
+        for line in files[0].read_text(encoding="utf-8").splitlines():
+            expected += [*tokenizer.encode(json.loads(line)["text"]), tokenizer.eot_id]
+        documents = [tokenizer.encode(text) for text in (*texts[:2], *texts[3:])]
+        expected += [i for ids in documents for i in (*ids, tokenizer.eot_id)][:-1]
+        assert data.train[:].tolist() == expected
+
+
+@pytest.mark.parametrize("fails_at", [1, 3, 40])
+def test_an_error_in_a_thread_ends_it_all_and_leaves_nothing(
+    fails_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = itertools.count(1)
+    real = BPETokenizer.encode_piece
+
+    def failing(self: BPETokenizer, text: str) -> Any:
+        if next(calls) == fails_at:
+            raise MemoryError("no more")
+        return real(self, text)
+
+    monkeypatch.setattr(BPETokenizer, "encode_piece", failing)
+    path = write(tmp_path / "a.txt", ENGLISH * 60_000)
+    with pytest.raises(MemoryError, match="no more"):
+        prepare_tokens([path], train_bpe([ENGLISH], 260), tmp_path / "run", block_size=8, threads=3)
+    assert list((tmp_path / "run").iterdir()) == []
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("tokenize")]
+    assert next(calls) < fails_at + 16  # what waited is not done any more
+
+
+def test_bad_text_far_into_a_file_leaves_nothing(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", (ENGLISH * 60_000).encode() + b"\xff")
+    bpe = train_bpe([ENGLISH], 260)
+    with pytest.raises(ArtefactError, match=f"byte offset {len(ENGLISH) * 60_000}: ff"):
+        prepare_tokens([path], bpe, tmp_path / "run", block_size=8, threads=2)
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    left = write(tmp_path / "run" / ".tokens.bin.tmp-999999", "half")
+    prepare(write(tmp_path / "a.txt", ENGLISH * 10), tmp_path / "run", block_size=8)
+    assert not left.exists()
+
+
+# A second start
+
+
+def test_an_unchanged_cache_is_opened_almost_unread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens_module, "_MARK_TOKENS", 100_000)
+    path, run = write(tmp_path / "a.txt", ENGLISH * 30_000), tmp_path / "run"
+    bpe = train_bpe([ENGLISH], 280)
+    first = prepare_tokens([path], bpe, run, block_size=64)
+    read = []
+    real = tokens_module._TokenFile.readinto
+
+    def counting(self: Any, view: Any) -> int:
+        read.append(len(view))
+        return real(self, view)
+
+    monkeypatch.setattr(tokens_module._TokenFile, "readinto", counting)
+    for fraction in (0.1, 0.5, 0.01, 0.97):
+        read.clear()
+        data = prepare_tokens([path], bpe, run, block_size=64, val_fraction=fraction)
+        held_out = min(2 * HELD_OUT_BYTES, len(data.val))
+        assert sum(read) <= 2 * (100_000 + PIECE_CHARACTERS + held_out)
+        assert data.n_val_bytes == len(bpe.decode_bytes(tokens_of(data.val)))
+    assert len(first.train) + len(first.val) == len(data.train) + len(data.val) > 400_000
+
+
+def test_ids_that_are_none_are_seen_whenever_they_are_read(tmp_path: Path) -> None:
+    """Changed under the same time stamp, or while in use: each read looks."""
+    path, run = write(tmp_path / "a.txt", ENGLISH * 100), tmp_path / "run"
+    data = prepare(path, run)
+    status = (run / "tokens.bin").stat()
+    with open(run / "tokens.bin", "r+b") as file:
+        file.seek(2 * 100)
+        file.write(b"\x01\x01")
+    with pytest.raises(ArtefactError, match=r"tokens\.bin has token id 257: expected under 257"):
+        batch(data.train, seed=1, step=0, slot=0, batch_size=400, block_size=64)
+    os.utime(run / "tokens.bin", ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(ArtefactError, match="token id 257: expected under 257: delete it"):
+        prepare(path, run)
+    os.utime(run / "tokens.bin")
+    assert 257 not in tokens_of(prepare(path, run).train)  # all was read, and made again
+
+
+@pytest.mark.parametrize(
+    "marks",
+    [[], [[0, 0]], [[1, 0], [7100, 7100]], [[0, 0], [9, 9], [3, 3], [7100, 7100]], [[0, 0], [7100]],
+     [[0, 0], [7100.0, 7100]], [[0, 0], [5, 9], [7100, 3]], 7],
+)  # fmt: skip
+def test_damaged_marks_are_not_believed(
+    marks: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, run = write(tmp_path / "a.txt", ENGLISH * 100), tmp_path / "run"
+    n_val_bytes = prepare(path, run).n_val_bytes
+    description = json.loads((run / "tokens.json").read_bytes())
+    assert description["marks"][-1] == [len(ENGLISH) * 100] * 2
+    changed = json.loads(json.dumps(marks).replace("7100", str(len(ENGLISH) * 100)))
+    write(run / "tokens.json", json.dumps(description | {"marks": changed}))
+    assert prepare(path, run).n_val_bytes == n_val_bytes
+    assert "tokens.json is damaged" in capsys.readouterr().err
+
+
+# What is said
+
+
+def test_progress_is_said_now_and_then_and_not_by_a_quiet_reporter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(throughput, "SAY_FROM_S", 0.0)
+    files = [write(tmp_path / "a.txt", ENGLISH * 30_000)]
+    files.append(write(tmp_path / "b.txt.gz", gzip.compress((ENGLISH * 30_000).encode())))
+    said = []
+    for quiet in (False, True):
+        stream = io.StringIO()
+        reporter = report.Reporter(stream, quiet=quiet)
+        run = tmp_path / str(quiet)
+        tokenizer = choose_tokenizer("bpe", files, vocab_size=260, folder=run, reporter=reporter)
+        prepare_tokens(files, tokenizer, run, block_size=64, reporter=reporter)
+        said.append(stream.getvalue())
+    lines = said[0].splitlines()
+    parts = [re.match(r"tokenizing (\d+)% of \S+B \| \S+ MB/s \| \d+:\d\d left$", x) for x in lines]
+    percent = [int(part[1]) for part in parts if part]
+    assert len(percent) > 4 and percent == sorted(percent) and percent[-1] == 100
+    assert re.match(r"tokenizing: \S+B in 0:\d\d, \S+ MB/s$", lines[-1])
+    assert any(re.match(r"reading for the tokenizer \d+% of", x) for x in lines)
+    assert "training a tokenizer of 260 tokens on the text" in lines
+    assert any(x.startswith("tokenizer: counting words") for x in lines)
+    assert "tokenizer: merging pairs to 260 tokens" in lines
+    assert said[1] == "" and "\r" not in said[0]
