@@ -156,9 +156,8 @@ def sample_texts(texts: Iterable[str], n_bytes: int) -> list[str]:
     for text in texts:
         size = len(text.encode())
         seen += size
-        if (
-            not sample or kept + size <= part * seen + size / 2
-        ):  # as near to the line as whole texts come
+        near = kept + size <= part * seen + size / 2  # the line, as whole texts come to it
+        if near or not sample:
             if sample and kept + size > SAMPLE_BYTES:
                 break
             sample.append(text)

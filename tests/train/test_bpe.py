@@ -287,7 +287,7 @@ def test_what_was_sampled_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     stream = io.StringIO()
     tokenizer = choose_tokenizer("bpe", [path], vocab_size=300, reporter=Reporter(stream))
     assert tokenizer.n_vocab == 300
-    expected = r"training a tokenizer of 300 tokens on \d+kB spread over 1.\d+MB of text\n"
+    expected = r"training a tokenizer of 300 tokens on [\d.]+kB spread over 1.\d+MB of text\n"
     assert re.fullmatch(expected, stream.getvalue())
 
 
