@@ -35,13 +35,13 @@ def prepare(folder: Path) -> None:
 
     from pico_edge.config import GPTConfig
     from pico_edge.export.pipeline import export
+    from pico_edge.train.bpe import train_bpe
     from pico_edge.train.checkpoint import (
         Checkpoint,
         library_versions,
         model_state,
         save_checkpoint,
     )
-    from pico_edge.train.data import train_bpe
     from pico_edge.train.model import GPT
 
     text = "\n".join(pydoc_data.topics.topics.values())

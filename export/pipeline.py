@@ -26,7 +26,7 @@ from pico_edge.publish import check_output, publish
 from pico_edge.runtime.evaluate import Comparison, compare, evaluate
 from pico_edge.runtime.session import Session
 from pico_edge.train.checkpoint import Checkpoint, build_model, load_checkpoint
-from pico_edge.train.data import read_documents
+from pico_edge.train.text import read_documents
 
 # A protobuf message, and so a model in one file, is at most this long; 16 MiB are left for the
 # metadata.

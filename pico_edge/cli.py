@@ -119,7 +119,10 @@ def _chosen(text: str, metavar: str | None = "N", *flags: str) -> Any:
 def train(
     data: Annotated[
         list[str],
-        typer.Argument(metavar="DATA", help="Files, folders, globs: text, .jsonl, also as .gz."),
+        typer.Argument(
+            metavar="DATA",
+            help="Files, folders, globs: text, .jsonl, also as .gz; - is standard input.",
+        ),
     ],
     out: Annotated[
         str, typer.Option("-o", "--out", help="The model; its run folder comes beside it.")

@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pico_edge.train.data import TokenData
 from pico_edge.train.evaluate import count_eval_batches, evaluate
 from pico_edge.train.optim import make_optimizers
 from pico_edge.train.settings import Recipe
 from pico_edge.train.step import Trainer, memory_errors, train_step
+from pico_edge.train.tokens import TokenData
 
 MEASURE_S = 1.5
 MEASURE_STEPS = 100  # at most

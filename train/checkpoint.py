@@ -26,6 +26,7 @@ from torch import Tensor
 from pico_edge import __version__
 from pico_edge.config import GPTConfig
 from pico_edge.errors import ArtefactError
+from pico_edge.ngrams import NGrams
 from pico_edge.publish import Writable, publish
 from pico_edge.tokenizer import Tokenizer, tokenizer_from_dict, tokenizer_hash
 from pico_edge.train.model import GPT
@@ -57,9 +58,12 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "data": (dict,),
     "versions": (dict,),
     "model": (dict,),
+    "ngrams": (dict, type(None)),
     "resume": (dict, type(None)),
     "sha256": (str,),
 }
+# Fields that a checkpoint of an earlier pico-edge may lack.
+_OPTIONAL = frozenset({"ngrams"})
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,9 @@ class Checkpoint:
     """What a checkpoint holds. Plain means None, bool, int, float, str, list, tuple, dict.
 
     model: the state dict of GPT(config), float32 on the CPU (`model_state` makes it). held_out: at
-    most 64 KiB of text. Losses in nats per token. settings, data, versions: plain. resume: plain
-    values and tensors, in last.pt only: what it takes to go on as if never stopped.
+    most 64 KiB of text. ngrams: of the training text, None in earlier checkpoints. Losses in nats
+    per token. settings, data, versions: plain. resume: plain values and tensors, in last.pt only:
+    what it takes to go on as if never stopped.
     """
 
     config: GPTConfig
@@ -83,6 +88,7 @@ class Checkpoint:
     settings: dict[str, Any]
     data: dict[str, Any]
     versions: dict[str, str]
+    ngrams: NGrams | None = None
     resume: dict[str, Any] | None = None
 
 
@@ -162,6 +168,7 @@ def save_checkpoint(
         "data": checkpoint.data,
         "versions": checkpoint.versions,
         "model": checkpoint.model,
+        "ngrams": None if checkpoint.ngrams is None else checkpoint.ngrams.to_dict(),
         "resume": checkpoint.resume,
     }
     content = cast("dict[str, Any]", _storable(content, {}))
@@ -394,12 +401,12 @@ def _check_kind(content: dict[str, Any], path: Path) -> None:
         )
     if type(version) is not int or version < 1:
         raise ArtefactError(f"{path}: checkpoint format {version!r}: expected {FORMAT_VERSION}")
-    if content.keys() != _FIELDS.keys():
-        missing = sorted(_FIELDS.keys() - content.keys())
+    if content.keys() | _OPTIONAL != _FIELDS.keys():
+        missing = sorted(_FIELDS.keys() - content.keys() - _OPTIONAL)
         unknown = sorted(map(str, content.keys() - _FIELDS.keys()))
         raise ArtefactError(f"{path}: checkpoint lacks fields {missing}, has unknown {unknown}")
     for name, kinds in _FIELDS.items():
-        if type(content[name]) not in kinds:
+        if name in content and type(content[name]) not in kinds:
             found = type(content[name]).__name__
             raise ArtefactError(f"{path}: {name} is a {found}: expected {kinds[0].__name__}")
 
@@ -419,6 +426,8 @@ def _checkpoint(content: dict[str, Any], path: Path) -> Checkpoint:
     try:
         config = GPTConfig.from_dict(content["config"])
         tokenizer = tokenizer_from_dict(content["tokenizer"])
+        stored = content.get("ngrams")
+        ngrams = None if stored is None else NGrams.from_dict(stored)
     except ArtefactError as error:
         raise ArtefactError(f"{path}: {error}") from error
     if tokenizer_hash(tokenizer) != content["tokenizer_sha256"]:
@@ -429,6 +438,11 @@ def _checkpoint(content: dict[str, Any], path: Path) -> Checkpoint:
     if tokenizer.n_vocab > config.vocab_size:
         raise ArtefactError(
             f"{path}: the tokenizer has {tokenizer.n_vocab} tokens, the model {config.vocab_size}: "
+            f"{_AGAIN}"
+        )
+    if ngrams is not None and ngrams.n_vocab != tokenizer.n_vocab:
+        raise ArtefactError(
+            f"{path}: ngrams of {ngrams.n_vocab} tokens, the tokenizer has {tokenizer.n_vocab}: "
             f"{_AGAIN}"
         )
     _check_weights(content["model"], config, path)
@@ -448,6 +462,7 @@ def _checkpoint(content: dict[str, Any], path: Path) -> Checkpoint:
         settings=content["settings"],
         data=content["data"],
         versions=content["versions"],
+        ngrams=ngrams,
         resume=content["resume"],
     )
 

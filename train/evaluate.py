@@ -18,9 +18,10 @@ from torch import Tensor
 
 from pico_edge.artefact import SAMPLING_DEFAULTS
 from pico_edge.tokenizer import TextStream, Tokenizer
-from pico_edge.train.data import TokenData, Tokens, val_batches
+from pico_edge.train.batches import val_batches
 from pico_edge.train.model import GPT, KV
 from pico_edge.train.step import Trainer, check_ids
+from pico_edge.train.tokens import TokenData, Tokens
 
 SAMPLE_TOKENS = 64
 

@@ -1,7 +1,8 @@
 """Where a run keeps its files, and what it refuses or clears before it begins.
 
     ckpt.pt          the model with the best held-out loss
-    ckpt.run/        last.pt, last.prev.pt, metrics.jsonl, samples.txt, loss.png, token cache, lock;
+    ckpt.run/        last.pt, last.prev.pt, metrics.jsonl, samples.txt, loss.png, token cache, lock,
+                     bpe.json (a trained tokenizer), stdin.txt (of `pico-edge train -`);
                      tensorboard/ where it is asked for
 
 Try: `run_paths("ckpt.pt").last` -> ckpt.run/last.pt.
@@ -34,6 +35,7 @@ class RunPaths:
     samples: Path
     image: Path
     tensorboard: Path
+    stdin: Path
 
 
 def run_paths(out: str | os.PathLike[str]) -> RunPaths:
@@ -52,6 +54,7 @@ def run_paths(out: str | os.PathLike[str]) -> RunPaths:
         samples=folder / "samples.txt",
         image=folder / "loss.png",
         tensorboard=folder / "tensorboard",
+        stdin=folder / "stdin.txt",
     )
 
 

@@ -24,7 +24,6 @@ from pico_edge.train.checkpoint import (
     model_state,
     save_checkpoint,
 )
-from pico_edge.train.data import find_files
 from pico_edge.train.distributed import Workers, join, place
 from pico_edge.train.evaluate import bits_per_byte, evaluate, sample_text
 from pico_edge.train.folder import (
@@ -57,6 +56,7 @@ from pico_edge.train.settings import DEFAULT_MINUTES, TrainSettings, nearest_pre
 from pico_edge.train.setup import Run, StrPath, set_up
 from pico_edge.train.signals import StopRequest, stop_requests
 from pico_edge.train.step import StepResult, divergence, memory_errors, train_step
+from pico_edge.train.text import STDIN, find_files, spool_stdin
 from pico_edge.train.verdict import Facts, Verdict, baseline, closing_lines, judge
 
 # Besides every evaluation: what a power cut may cost at most, in a run whose evaluations are far
@@ -75,7 +75,8 @@ def train(
 ) -> TrainResult:
     """Train a model on text files and leave it in `settings.out`, its run folder beside it.
 
-    data: files, folders, globs. started: time.perf_counter() at the start of the process, from
+    data: files, folders, globs; "-" is standard input, kept in the run folder, where a resume finds
+    it again. started: time.perf_counter() at the start of the process, from
     which minutes and elapsed_s count. Raises UsageError, ArtefactError (data or checkpoint
     refused), DivergedError, or PicoEdgeError (device missing, folder in use, out of memory, disk
     full at the end).
@@ -99,11 +100,20 @@ def _train(
     paths = run_paths(settings.out)
     if settings.tensorboard:
         require_tensorboard()
-    find_files(data)  # a wrong name is refused before a folder is made
+    named = [path for path in data if path != STDIN]
+    if named or not data:
+        find_files(named)  # a wrong name is refused before a folder is made
     with contextlib.ExitStack() as stack:
         workers.share(lambda: stack.enter_context(_claimed(paths, settings, reporter)))
-        run = set_up(data, settings, paths, reporter, started=started, workers=workers)
-        workers.share(lambda: _prepare_records(run, reporter, resume=settings.resume))
+        resume = settings.resume
+        files = workers.share(
+            lambda: [
+                str(path)
+                for path in spool_stdin(data, paths.stdin, resume=resume, reporter=reporter)
+            ]
+        )
+        run = set_up(files, settings, paths, reporter, started=started, workers=workers)
+        workers.share(lambda: _prepare_records(run, reporter, resume=resume))
         loop = _Loop(run, reporter, started - run.progress.elapsed_s, settings)
         with stop_requests() as stop, memory_errors(run.trainer.recipe, run.trainer.model.config):
             loop.run_until_done(stop)
@@ -351,6 +361,7 @@ class _Loop:
             settings=run.source | run.trainer.recipe.to_dict(),
             data=run.data.fingerprint,
             versions=library_versions(),
+            ngrams=run.ngrams,
         )
 
     @contextlib.contextmanager

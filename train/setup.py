@@ -25,26 +25,20 @@ import torch
 
 from pico_edge.config import GPTConfig
 from pico_edge.errors import ArtefactError, PicoEdgeError, UsageError
+from pico_edge.ngrams import NGrams
 from pico_edge.tokenizer import Tokenizer, padded_vocab_size, tokenizer_from_dict
+from pico_edge.train.bpe import choose_tokenizer, default_tokenizer
 from pico_edge.train.budget import lay_schedule
 from pico_edge.train.checkpoint import (
     Checkpoint,
     build_model,
     load_checkpoint,
 )
-from pico_edge.train.data import (
-    TokenData,
-    choose_tokenizer,
-    default_tokenizer,
-    find_files,
-    fingerprint,
-    prepare_tokens,
-    text_bytes,
-)
 from pico_edge.train.distributed import Workers
 from pico_edge.train.evaluate import sample_text
 from pico_edge.train.folder import RunPaths, check_space
 from pico_edge.train.model import GPT
+from pico_edge.train.ngrams import count_ngrams
 from pico_edge.train.optim import make_optimizers
 from pico_edge.train.report import Reporter, count, duration
 from pico_edge.train.resume import (
@@ -64,6 +58,8 @@ from pico_edge.train.settings import (
     nearest_preset,
 )
 from pico_edge.train.step import Forward, Trainer, is_out_of_memory
+from pico_edge.train.text import find_files, fingerprint, text_bytes
+from pico_edge.train.tokens import TokenData, prepare_tokens
 
 StrPath = str | os.PathLike[str]
 
@@ -84,6 +80,7 @@ class Run:
     sample_prompt: str
     compiled: bool
     source: dict[str, Any]
+    ngrams: NGrams
 
 
 def set_up(
@@ -116,7 +113,7 @@ def set_up(
         _check_same_data(checkpoint, files, val_files)
         settings = _with_stored_reading(settings, checkpoint)
     config, preset, tokenizer = workers.share(
-        lambda: _shape(files, settings, checkpoint, reporter),
+        lambda: _shape(files, settings, checkpoint, paths.folder, reporter),
         to_plain=lambda shape: [shape[0].to_dict(), shape[1], shape[2].to_dict()],
         from_plain=lambda v: (GPTConfig.from_dict(v[0]), tuple(v[1]), tokenizer_from_dict(v[2])),
     )
@@ -130,6 +127,8 @@ def set_up(
             val_files=val_files,
             encoding=settings.encoding,
             text_field=settings.text_field,
+            threads=settings.threads,
+            reporter=reporter,
         ),
         seen=lambda: _listing(paths),
     )
@@ -177,6 +176,7 @@ def set_up(
             "encoding": settings.encoding,
             "text_field": settings.text_field,
         },
+        ngrams=_ngrams(settings, checkpoint, tokens, tokenizer),
     )
     if settings.resume and checkpoint is not None:
         trainer.recipe = check_flags(checkpoint, settings, reporter, world_size=workers.world_size)
@@ -343,6 +343,7 @@ def _shape(
     files: Sequence[Path],
     settings: TrainSettings,
     checkpoint: Checkpoint | None,
+    folder: Path,
     reporter: Reporter,
 ) -> tuple[GPTConfig, tuple[str, str], Tokenizer]:
     """Shape of the model, preset of its training values (name, reason), tokenizer."""
@@ -352,7 +353,7 @@ def _shape(
         if settings.dropout is not None:
             config = dataclasses.replace(config, dropout=settings.dropout)
         if settings.reinit_embeddings:
-            tokenizer, rows = _tokenizer(files, settings, reporter)
+            tokenizer, rows = _tokenizer(files, settings, folder, reporter)
             config = dataclasses.replace(config, vocab_size=rows)
         return config, (nearest_preset(config), "from the checkpoint"), tokenizer
     n_bytes = text_bytes(files)
@@ -364,12 +365,12 @@ def _shape(
         size = f"under {count(limit)}B" if limit is not None else "large"
         reason = f"preset {name} because the text is {size}"
     settings.model_config(name, vocab_size=272)  # refuses a shape before the text is read
-    tokenizer, rows = _tokenizer(files, settings, reporter)
+    tokenizer, rows = _tokenizer(files, settings, folder, reporter)
     return settings.model_config(name, vocab_size=rows), (name, reason), tokenizer
 
 
 def _tokenizer(
-    files: Sequence[Path], settings: TrainSettings, reporter: Reporter
+    files: Sequence[Path], settings: TrainSettings, folder: Path, reporter: Reporter
 ) -> tuple[Tokenizer, int]:
     """The tokenizer for the text, and the rows of the token table."""
     kind, vocab_size = default_tokenizer(text_bytes(files))
@@ -377,8 +378,6 @@ def _tokenizer(
         kind, vocab_size = settings.tokenizer, settings.vocab_size or vocab_size
     elif settings.vocab_size is not None:
         kind, vocab_size = "bpe", settings.vocab_size  # nothing else has a size to choose
-    if kind == "bpe":
-        reporter.say(f"training a tokenizer of {vocab_size} tokens on the text")
     tokenizer = choose_tokenizer(
         kind,
         files,
@@ -387,6 +386,8 @@ def _tokenizer(
         encoding=settings.encoding,
         text_field=settings.text_field,
         val_fraction=0.0 if settings.val_data is not None else settings.val_fraction,
+        folder=folder,
+        reporter=reporter,
     )
     rows = padded_vocab_size(tokenizer.n_vocab)
     if kind != "bpe" and settings.vocab_size is not None:
@@ -435,6 +436,17 @@ def _model_memory(config: GPTConfig) -> Iterator[None]:
             f"{config.block_size}, vocab_size {config.vocab_size}: choose a smaller --preset, or a "
             "smaller --n-embd or --n-layer"
         ) from error
+
+
+def _ngrams(
+    settings: TrainSettings,
+    checkpoint: Checkpoint | None,
+    tokens: TokenData,
+    tokenizer: Tokenizer,
+) -> NGrams:
+    if settings.resume and checkpoint is not None and checkpoint.ngrams is not None:
+        return checkpoint.ngrams
+    return count_ngrams(tokens.train, tokenizer.n_vocab)
 
 
 def _sample_prompt(settings: TrainSettings, tokens: TokenData) -> str:

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from pico_edge.config import GPTConfig
 from pico_edge.errors import ArtefactError, DivergedError, PicoEdgeError
-from pico_edge.train.data import Tokens, batch
+from pico_edge.train.batches import batch
 from pico_edge.train.distributed import Workers
 from pico_edge.train.model import GPT
 from pico_edge.train.optim import set_learning_rate
 from pico_edge.train.settings import Recipe
+from pico_edge.train.tokens import Tokens
 
 Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 

@@ -142,7 +142,7 @@ def test_commands_are_found_in_a_block(block: str, expected: list[list[str]]) ->
 
 def test_the_table_of_sizes_is_that_of_the_code() -> None:
     pytest.importorskip("torch")
-    from pico_edge.train.data import default_tokenizer
+    from pico_edge.train.bpe import default_tokenizer
 
     rows = re.findall(
         r"^\| [\w ]+ \| (\w+) \| (\d+) x (\d+) \((\d+)\) \| (\d+) \| (\w+)", README, re.M

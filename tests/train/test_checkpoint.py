@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -28,6 +29,7 @@ from hypothesis import strategies as st
 from pico_edge import publish as publish_module
 from pico_edge.config import GPTConfig
 from pico_edge.errors import ArtefactError
+from pico_edge.ngrams import NGrams
 from pico_edge.publish import remove_stale
 from pico_edge.tokenizer import BPETokenizer, SimpleTokenizer, tokenizer_hash
 from pico_edge.train import checkpoint as checkpoint_module
@@ -42,7 +44,9 @@ from pico_edge.train.checkpoint import (
     weight_shapes,
 )
 from pico_edge.train.model import GPT
+from pico_edge.train.ngrams import count_ngrams
 
+IDS = np.arange(60, dtype=np.uint16) % 7
 CONFIG = GPTConfig(block_size=8, vocab_size=257, n_layer=1, n_head=1, n_embd=16, bias=False)
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks its processes")
 
@@ -93,6 +97,8 @@ def assert_equal(a: object, b: object) -> None:
             assert_equal(getattr(a, field.name), getattr(b, field.name))
     elif isinstance(a, SimpleTokenizer | BPETokenizer):
         assert tokenizer_hash(a) == tokenizer_hash(b)
+    elif isinstance(a, NGrams):
+        assert_equal(a.to_dict(), b.to_dict())
     else:
         assert a == b
 
@@ -120,6 +126,22 @@ def test_a_checkpoint_comes_back_value_by_value(tmp_path: Path) -> None:
     made = make_checkpoint()
     save_checkpoint(tmp_path / "ckpt.pt", made)
     assert_equal(load_checkpoint(tmp_path / "ckpt.pt"), made)
+
+
+def test_ngrams_come_back_are_checked_and_may_be_missing_in_an_earlier_file(
+    tmp_path: Path,
+) -> None:
+    path, made = tmp_path / "ckpt.pt", make_checkpoint(ngrams=count_ngrams(IDS, 257))
+    save_checkpoint(path, made)
+    assert_equal(load_checkpoint(path), made)
+    assert made.ngrams is not None and len(made.ngrams) > 0
+    rewrite(path, lambda content: content["ngrams"].update(max_order=99))
+    assert "ngrams max_order is 99" in refusal(path)
+    save_checkpoint(path, make_checkpoint(ngrams=count_ngrams(IDS, 258)))
+    assert "ngrams of 258 tokens, the tokenizer has 257" in refusal(path)
+    save_checkpoint(path, make_checkpoint())
+    rewrite(path, lambda content: content.pop("ngrams"))
+    assert_equal(load_checkpoint(path), make_checkpoint())
 
 
 def test_a_bpe_tokenizer_and_a_resumable_state_come_back(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ import torch
 from pico_edge.cli import main
 from pico_edge.config import GPTConfig
 from pico_edge.errors import DivergedError, PicoEdgeError, UsageError
+from pico_edge.train.batches import batch
 from pico_edge.train.checkpoint import load_checkpoint
-from pico_edge.train.data import batch
 from pico_edge.train.lock import run_lock
 from pico_edge.train.loop import train
 from pico_edge.train.model import GPT
@@ -587,3 +587,61 @@ def test_a_run_ends_with_the_next_command(folder, capsys):
     assert (code, out) == (0, "")
     assert err.splitlines()[-1] == "next: pico-edge export ckpt.pt --quantize"
     assert "\r" not in err
+
+
+# Standard input and large texts, as typed
+
+
+def test_training_from_a_pipe_is_training_from_a_file_and_resumes_without_the_pipe(
+    folder, capsys, monkeypatch
+):
+    text = (folder / "data.txt").read_bytes()
+    command = [sys.executable, "-m", "pico_edge", "train", "-", "--out", "pipe.pt", *FLAGS]
+    done = subprocess.run(command, input=text, capture_output=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "pipe.run" / "stdin.txt").read_bytes() == text
+    code, _, err = pico_edge(capsys, "train", "data.txt", "--out", "file.pt", *FLAGS)
+    assert code == 0, err
+    from_pipe, from_file = load_checkpoint("pipe.pt"), load_checkpoint("file.pt")
+    assert from_pipe.data == from_file.data and from_pipe.ngrams is not None
+    assert from_pipe.ngrams.to_dict() == from_file.ngrams.to_dict()
+    for name, weights in from_file.model.items():
+        assert torch.equal(from_pipe.model[name], weights), name
+    monkeypatch.setattr("sys.stdin", None)
+    resume = ["train", "-", "--out", "pipe.pt", "--threads", "1", "--resume"]
+    code, _, err = pico_edge(capsys, *resume)
+    assert code == 0 and "this run is finished" in err, err
+
+
+def test_a_lost_copy_of_standard_input_is_asked_for_again_and_compared(folder, capsys, monkeypatch):
+    text = (folder / "data.txt").read_text()
+
+    def train_on(stdin, *arguments):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        return pico_edge(capsys, "train", "-", *arguments)
+
+    code, _, err = train_on("", *FLAGS)
+    assert code == 3 and "found 0 tokens, needed 18" in err
+    assert train_on(text, *FLAGS, "--force")[0] == 0
+    (folder / "ckpt.run" / "stdin.txt").unlink()
+    code, _, err = train_on(text + "!", "--resume", "--threads", "1")
+    assert code == 3 and "the data has changed since the run began" in err
+    (folder / "ckpt.run" / "stdin.txt").unlink()
+    assert train_on(text, "--resume", "--threads", "1")[0] == 0
+
+
+def test_ctrl_c_while_tokenizing_leaves_nothing_half_written(folder):
+    words = [f"{i % 7919:x}{i % 104729:x}" for i in range(400_000)]
+    (folder / "large.txt").write_text(" ".join(words) * 15)
+    command = [sys.executable, "-m", "pico_edge", "train", "large.txt", *FLAGS]
+    command += ["--tokenizer", "bpe", "--vocab-size", "260"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    run, deadline = folder / "ckpt.run", time.monotonic() + 120
+    while not list(run.glob(".tokens.bin.tmp-*")) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert leftovers(folder) == []
+    assert {file.name for file in run.iterdir()} <= {"bpe.json", "lock"}
