@@ -12,6 +12,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -133,6 +134,12 @@ def train(
     ranks: Annotated[
         str | None, _chosen("GPT-2 ranks in tiktoken format, not downloaded.", "FILE")
     ] = None,
+    target_bytes: Annotated[
+        str | None, _chosen("Largest int8 file, as 800kB or 8MB: chooses the size.", "BYTES")
+    ] = None,
+    target_tokens_per_second: Annotated[
+        float | None, _chosen("Least speed of generation, on a device like this one.", "X")
+    ] = None,
     minutes: Annotated[
         float | None,
         _chosen(f"Time for all of it. Default: {DEFAULT_MINUTES:g}.", "M"),
@@ -209,6 +216,8 @@ def train(
         vocab_size=vocab_size,
         ranks=ranks,
         preset=preset,
+        target_bytes=None if target_bytes is None else _byte_count(target_bytes),
+        target_tokens_per_second=target_tokens_per_second,
         minutes=minutes,
         max_iters=max_iters,
         n_layer=n_layer,
@@ -257,6 +266,14 @@ def train(
         _print_json(dataclasses.asdict(result))
     if result.signal is not None:
         raise _StoppedError(result.signal)
+
+
+def _byte_count(text: str) -> int:
+    """A size such as 5000, 800kB or 8MB in bytes. Raises UsageError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", text.strip(), re.IGNORECASE | re.ASCII)
+    if found is None:
+        raise UsageError(f"target_bytes is {text!r}: expected a size such as 5000, 800kB or 8MB")
+    return int(float(found[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[found[2].lower()])
 
 
 def _thread_count(text: str) -> int | None:

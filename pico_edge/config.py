@@ -69,6 +69,13 @@ class GPTConfig:
         """Channels per attention head."""
         return self.n_embd // self.n_head
 
+    @property
+    def n_parameters(self) -> int:
+        """Weights of the model, the tied table counted once."""
+        C, biases = self.n_embd, int(self.bias)
+        block = 12 * C * C + 9 * C * biases + 2 * C * (1 + biases)
+        return C * (self.vocab_size + self.block_size) + self.n_layer * block + C * (1 + biases)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for checkpoints and JSON."""
         return dataclasses.asdict(self)

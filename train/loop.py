@@ -120,8 +120,7 @@ def _train(
         loop.close()
         command = resume_command(data, settings)
         facts = _facts(run, settings, command)
-        plain = workers.share(lambda: dataclasses.asdict(judge(read_metrics(paths.metrics), facts)))
-        verdict = Verdict(**plain)
+        verdict = Verdict(*workers.share(lambda: [*judge(read_metrics(paths.metrics), facts)]))
         result = _result(run, stop, command, verdict)
         if workers.is_first:
             sample = best_sample(paths.samples)

@@ -60,8 +60,9 @@ def make_optimizers(
         return [adamw]
     fused = [p for name, p in hidden.items() if name.endswith("attn.c_attn.weight")]
     single = [p for name, p in hidden.items() if not name.endswith("attn.c_attn.weight")]
+    groups: list[dict[str, Any]] = [{"params": fused, "parts": 3}, {"params": single}]
     muon = Muon(
-        [{"params": fused, "parts": 3}, {"params": single}],
+        groups,
         lr=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
         momentum=recipe.momentum,

@@ -62,17 +62,19 @@ class Reporter:
         # The last one stays free: some terminals wrap as soon as it is filled. 0: not known.
         return max(1, (columns or 80) - 1)
 
-    def progress(self, line: Callable[[int | None], str]) -> None:
+    def progress(self, line: str | Callable[[int | None], str]) -> None:
         """Show the newest progress, now and then: line(columns) is called only when it is time."""
         now = time.monotonic()
         every = REWRITE_EVERY_S if self._rewrites else LINE_EVERY_S
         if self._quiet or now - self._printed_at < every:
             return
-        text = line(self.columns)
+        text = line if isinstance(line, str) else line(self.columns)
         self._printed_at = time.monotonic()
         if not self._rewrites:
             print(text, file=self._stream, flush=True)
             return
+        if self.columns:
+            text = text[: self.columns]
         print("\r" + text.ljust(self._width), end="", file=self._stream, flush=True)
         self._width = len(text)
 

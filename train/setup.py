@@ -34,6 +34,12 @@ from pico_edge.train.checkpoint import (
     build_model,
     load_checkpoint,
 )
+from pico_edge.train.choose import (
+    choose_size,
+    measure_bytes_per_second,
+    measure_tokens_per_second,
+    shape_for_target,
+)
 from pico_edge.train.distributed import Workers
 from pico_edge.train.evaluate import sample_text
 from pico_edge.train.folder import RunPaths, check_space
@@ -113,7 +119,9 @@ def set_up(
         _check_same_data(checkpoint, files, val_files)
         settings = _with_stored_reading(settings, checkpoint)
     config, preset, tokenizer = workers.share(
-        lambda: _shape(files, settings, checkpoint, paths.folder, reporter),
+        lambda: _shape(
+            files, settings, checkpoint, paths.folder, reporter, device=device, dtype=dtype
+        ),
         to_plain=lambda shape: [shape[0].to_dict(), shape[1], shape[2].to_dict()],
         from_plain=lambda v: (GPTConfig.from_dict(v[0]), tuple(v[1]), tokenizer_from_dict(v[2])),
     )
@@ -345,6 +353,9 @@ def _shape(
     checkpoint: Checkpoint | None,
     folder: Path,
     reporter: Reporter,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[GPTConfig, tuple[str, str], Tokenizer]:
     """Shape of the model, preset of its training values (name, reason), tokenizer."""
     if checkpoint is not None:
@@ -356,17 +367,48 @@ def _shape(
             tokenizer, rows = _tokenizer(files, settings, folder, reporter)
             config = dataclasses.replace(config, vocab_size=rows)
         return config, (nearest_preset(config), "from the checkpoint"), tokenizer
-    n_bytes = text_bytes(files)
-    if settings.preset is not None:
-        name, reason = settings.preset, f"preset {settings.preset} as asked"
-    else:
-        name = choose_preset(n_bytes)
-        limit = PRESET_BELOW_BYTES.get(name)
-        size = f"under {count(limit)}B" if limit is not None else "large"
-        reason = f"preset {name} because the text is {size}"
-    settings.model_config(name, vocab_size=272)  # refuses a shape before the text is read
+    most = choose_preset(text_bytes(files))
+    settings.model_config(settings.preset or most, vocab_size=272)  # refuses before text is read
     tokenizer, rows = _tokenizer(files, settings, folder, reporter)
-    return settings.model_config(name, vocab_size=rows), (name, reason), tokenizer
+
+    def config_of(preset: str) -> GPTConfig:
+        return settings.model_config(preset, vocab_size=rows)
+
+    if settings.has_target:
+        config, said = shape_for_target(
+            lambda n_layer, n_head, n_embd: dataclasses.replace(
+                config_of(most), n_layer=n_layer, n_head=n_head, n_embd=n_embd
+            ),
+            target_bytes=settings.target_bytes,
+            target_tokens_per_second=settings.target_tokens_per_second,
+            n_vocab=tokenizer.n_vocab,
+            bytes_per_second=measure_bytes_per_second,
+        )
+        return config, (nearest_preset(config), said), tokenizer
+    if settings.preset is not None:
+        reason = f"preset {settings.preset} as asked"
+        return config_of(settings.preset), (settings.preset, reason), tokenizer
+    limit = PRESET_BELOW_BYTES.get(most)
+    size = choose_size(
+        most,
+        f"the text is {f'under {count(limit)}B' if limit is not None else 'large'}",
+        seconds=_budget_s(settings) if settings.max_iters is None else None,
+        n_parameters=lambda name: config_of(name).n_parameters,
+        tokens_per_second=lambda name: measure_tokens_per_second(
+            config_of(name),
+            settings.recipe(
+                name,
+                gpu=device.type != "cpu",
+                max_iters=1000,
+                tokens_per_epoch=1 << 30,
+                block_size=config_of(name).block_size,
+            ),
+            device,
+            dtype,
+        ),
+    )
+    reason = f"preset {size.preset}: {size.reason}"
+    return config_of(size.preset), (size.preset, reason), tokenizer
 
 
 def _tokenizer(

@@ -24,7 +24,7 @@ from pico_edge.train.distributed import Workers
 from pico_edge.train.model import GPT
 from pico_edge.train.optim import set_learning_rate
 from pico_edge.train.settings import Recipe
-from pico_edge.train.tokens import Tokens
+from pico_edge.train.tokens import IdArray, Tokens
 
 Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
@@ -41,7 +41,7 @@ class Trainer:
     optimizers: Sequence[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     recipe: Recipe
-    tokens: Tokens
+    tokens: Tokens | IdArray
     device: torch.device
     dtype: torch.dtype
     world_size: int = 1

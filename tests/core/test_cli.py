@@ -32,7 +32,7 @@ FLAGS = {
         "--dtype --encoding --eval-interval --eval-iters --force --gelu --grad-accum --grad-clip "
         "--init-from --json --learning-rate --max-iters --min-lr --minutes --n-embd --n-head "
         "--n-layer --optimizer --out --preset --quiet --ranks --reinit-embeddings --resume "
-        "--sample-prompt --seed --tensorboard "
+        "--sample-prompt --seed --target-bytes --target-tokens-per-second --tensorboard "
         "--text-field --threads --tokenizer --val-data --val-fraction --vocab-size --warmup-iters "
         "--weight-decay"
     ),
