@@ -2,14 +2,13 @@
 
     python benchmarks/train_speed.py --nanogpt DIR --data tinyshakespeare.txt [--rounds 3]
 
-DIR: a clone of karpathy/nanoGPT, which is left as it is (its data is prepared in a copy). The recipe
-is the one of its README for a CPU: 4 layers x 4 heads x 128, block 64, batch 12, 2000 iterations,
-no dropout, first 90 % of the text to train on. Ours: the same shape and split, bytes as tokens, 400
-iterations of 16 windows with Muon. Both run as processes, in alternating rounds; what counts is wall
-clock from the start of the process to the end of the evaluation that reaches the loss, imports
-included. Ours is the mean over the whole held-out part, nanoGPT's its own estimate over 20 batches.
-Draws train_speed.png beside the script's result with --plot. Needs pico-edge[train]. Run it while
-nothing else runs.
+DIR: a clone of karpathy/nanoGPT, which is left as it is (its data is made in a copy). Recipe: the
+one of its README for a CPU, 4 layers x 4 heads x 128, block 64, batch 12, 2000 iterations, no
+dropout, first 90 % of the text to train on. Ours: the same shape and split, bytes as tokens, 400
+iterations of 16 windows with Muon. Both run as processes, in alternating rounds. What counts is
+wall clock from the start of the process to the evaluation that reaches the loss, imports included.
+Ours is the mean over the whole held-out part, nanoGPT's its own estimate over 20 batches. --plot
+draws the curves. Needs pico-edge[train]. Run it while nothing else runs.
 """
 
 from __future__ import annotations
