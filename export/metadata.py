@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 # The oldest onnxruntime whose CPU provider runs our operators: GatherBlockQuantized at 8 bits came
 # with 1.24.
 MIN_ONNXRUNTIME = "1.24"
-# Of the quantized cache in GroupQueryAttention.
-MIN_ONNXRUNTIME_INT8_CACHE = "1.24"
+# Of the int8 cache in GroupQueryAttention: 1.24.4 refuses the graph, 1.26.0 fails to run it.
+MIN_ONNXRUNTIME_INT8_CACHE = "1.28"
 
 
 def write_metadata(
@@ -71,12 +71,16 @@ def _forms(plan: Plan | None) -> dict[str, Any]:
     for name, form in plan.forms.items():
         layers.setdefault(form, []).append(name)
     cached = plan.cache == "int8"
+    # Read by people and by other runtimes; ours always sets it (runtime/session.py).
+    needs = {"session.x64quantprecision": "1"} if "rows" in plan.forms.values() else {}
     return {
         "weights": {form: _summary(names, plan) for form, names in layers.items()},
         "cache": plan.cache,
-        # Every activation has a scale of its own row: a text depends neither on the rows beside it
-        # nor on the calls it came in, float rounding aside.
+        # Every activation has a scale of its own row, so a text does not depend on the rows beside
+        # it; nor on the calls it came in, but that float rounding in another kernel may move an
+        # activation by one of its steps.
         "rows_are_independent": True,
+        "session_config_without_vnni": needs,
         "min_onnxruntime": MIN_ONNXRUNTIME_INT8_CACHE if cached else MIN_ONNXRUNTIME,
     }
 

@@ -6,6 +6,8 @@ Try: `export(Path("ckpt.pt"), Path("model.onnx"), quantize=True)`.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
 import statistics
 import tempfile
@@ -29,6 +31,7 @@ from pico_edge.runtime.evaluate import Comparison, compare, evaluate
 from pico_edge.runtime.session import Session
 from pico_edge.train.checkpoint import Checkpoint, build_model, load_checkpoint
 from pico_edge.train.data import read_documents
+from pico_edge.train.model import GPT
 
 # A protobuf message, and so a model in one file, is at most this long; 16 MiB are left for the
 # metadata.
@@ -59,8 +62,8 @@ def export(
     bits: of the weights, 8 or 4, which imply quantize; 8 where only quantize is given. eval_data:
     the text to measure on, by default the held-out sample of the checkpoint but for its first
     quarter. That quarter, or the whole sample where there is eval_data, is what quantization
-    calibrates on, so that no text is both. max_loss_increase: percent of held-out loss above fp32 at which no file is written. progress: is
-    given a line as each step begins.
+    calibrates on, so that no text is both. max_loss_increase: percent of held-out loss above fp32
+    at which no file is written. progress: is given a line as each step begins.
     Raises UsageError for arguments, ArtefactError for a refused checkpoint, PicoEdgeError when a
     parity or quality limit is missed. Nothing is written under `out` before all checks have passed.
     """
@@ -83,9 +86,12 @@ def export(
             f"{MAX_FILE_BYTES / 1e9:.1f} GB: train a smaller model"
         )
     calibration_ids, ids = _texts(checkpoint, checkpoint_path, eval_data)
+    model = build_model(checkpoint)
+    checkpoint = dataclasses.replace(checkpoint, model={})  # the model has its own
     with tempfile.TemporaryDirectory(prefix="pico-edge-") as folder:
         graph, report = _checked_graph(
             checkpoint,
+            model,
             calibration_ids,
             ids,
             Path(folder),
@@ -102,6 +108,7 @@ def export(
 
 def _checked_graph(
     checkpoint: Checkpoint,
+    model: GPT,
     calibration_ids: Sequence[int],
     ids: Sequence[int],
     folder: Path,
@@ -110,18 +117,18 @@ def _checked_graph(
     say: Progress,
 ) -> tuple[ir.Model, dict[str, Any]]:
     """The graph that is worth publishing, with its metadata, and the figures of the report."""
-    model = build_model(checkpoint)
     parity_ids = list(itertools.islice(itertools.cycle(ids), model.config.block_size))
     traced, seen, plan = model, None, None
     if bits is not None:
         say(f"calibrating on {len(calibration_ids)} tokens of held-out text")
         plan = choose_plan(model.config, bits)
-        traced = build_model(checkpoint)  # a second copy: the first stays what all is held to
+        traced = copy.deepcopy(model)  # the first stays what all is held to
         smooth(traced, calibrate(traced, calibration_ids))
         feedback = len(calibration_ids) >= FEEDBACK_TOKENS
         seen = calibrate(traced, calibration_ids, moments=feedback)
     say(f"tracing {model.num_parameters() / 1e6:.1f} M parameters")
     graph = trace(traced)
+    del traced
     reference = _session(graph, checkpoint, folder, None)
     say("checking the graph against PyTorch")
     parity = measure_parity(model, reference, parity_ids)

@@ -39,7 +39,6 @@ def table(report: dict[str, Any]) -> str:
             slower.append("decoding" if label else "prompts")
     if slower:
         lines.append(
-            f"note     {report['precision']} is not faster than fp32 here for "
-            f"{' and '.join(slower)}; it is smaller"
+            f"note     not faster than fp32 here: {' and '.join(slower)}; the file is smaller"
         )
     return "\n".join(lines)

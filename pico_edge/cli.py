@@ -267,7 +267,7 @@ def export(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Text for the quality table. Default: the checkpoint's sample, last three quarters.",
+            help="Text for the quality table. Default: held-out text in the checkpoint.",
         ),
     ] = None,
     max_loss_increase: Annotated[
