@@ -107,4 +107,5 @@ def _feedback(moments: Tensor) -> Tensor:
     diagonal[diagonal <= 0] = 1.0  # a channel that is always 0: its weights do not matter
     diagonal.add_(DAMPING * diagonal.mean())
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).float()
+    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return factor.float()

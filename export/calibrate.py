@@ -92,7 +92,7 @@ def calibrate(model: GPT, ids: Sequence[int], *, moments: bool = False) -> Stati
     handles = [part.register_forward_hook(watch(name)) for name, part in linears.items()]
     tokens = torch.tensor(list(ids[:MAX_TOKENS]))
     try:
-        for window in tokens.split(block_size):
+        for window in torch.split(tokens, block_size):
             model._hidden(window[None], None)  # without the head, a third of the work at 12 x 768
     finally:
         for handle in handles:
@@ -101,7 +101,7 @@ def calibrate(model: GPT, ids: Sequence[int], *, moments: bool = False) -> Stati
         name: Inputs(largest[name], sums[name] / len(tokens) if moments else None)
         for name in linears
     }
-    spans = [projected[name].split(C) for name in linears if name.endswith("c_attn")]
+    spans = [torch.split(projected[name], C) for name in linears if name.endswith("c_attn")]
     return Statistics(len(tokens), inputs, [k for _, k, _ in spans], [v for _, _, v in spans])
 
 

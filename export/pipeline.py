@@ -20,7 +20,7 @@ import onnx
 import onnx_ir as ir
 
 from pico_edge.errors import ArtefactError, PicoEdgeError, UsageError
-from pico_edge.export.calibrate import calibrate, split_ids
+from pico_edge.export.calibrate import Statistics, calibrate, split_ids
 from pico_edge.export.metadata import write_metadata, write_parity
 from pico_edge.export.quantize import Plan, choose_plan, quantize_graph
 from pico_edge.export.smooth import smooth
@@ -118,7 +118,9 @@ def _checked_graph(
 ) -> tuple[ir.Model, dict[str, Any]]:
     """The graph that is worth publishing, with its metadata, and the figures of the report."""
     parity_ids = list(itertools.islice(itertools.cycle(ids), model.config.block_size))
-    traced, seen, plan = model, None, None
+    traced, plan = model, None
+    seen: Statistics | None = None
+    calibrated = 0
     if bits is not None:
         say(f"calibrating on {len(calibration_ids)} tokens of held-out text")
         plan = choose_plan(model.config, bits)
@@ -126,6 +128,7 @@ def _checked_graph(
         smooth(traced, calibrate(traced, calibration_ids))
         feedback = len(calibration_ids) >= FEEDBACK_TOKENS
         seen = calibrate(traced, calibration_ids, moments=feedback)
+        calibrated = seen.tokens
     say(f"tracing {model.num_parameters() / 1e6:.1f} M parameters")
     graph = trace(traced)
     del traced
@@ -135,10 +138,14 @@ def _checked_graph(
     check_parity(parity)
     session = reference
     if plan is not None:
+        path = reference.path
+        del reference, session  # what the kernels keep beside the weights: 1 GB at 12 x 768
         say(f"quantizing to {plan.precision}")
         quantize_graph(graph, plan, seen)
+        seen = None
         session = _session(graph, checkpoint, folder, plan)
         parity = measure_parity(model, session, parity_ids)
+        reference = Session(path, provider="cpu")
     say(f"measuring the loss on {len(ids)} tokens of held-out text")
     if plan is not None:
         quality = compare(session, reference, ids)
@@ -167,7 +174,7 @@ def _checked_graph(
             "top1_agreement": quality.top1_agreement,
             "kl_divergence": quality.kl_divergence,
             "tokens": quality.evaluation.tokens,
-            "calibration_tokens": 0 if seen is None else seen.tokens,
+            "calibration_tokens": calibrated,
         },
         "speed": {**{f"fp32_{name}": value for name, value in fp32_speed.items()}, **speed},
     }

@@ -236,8 +236,8 @@ def _quantize_cache(graph: ir.Graph, statistics: Statistics) -> None:
         largest = (statistics.keys[i].max(), statistics.values[i].max())
         for at, part, reach in zip((12, 13), ("key", "value"), largest, strict=True):
             scale = max(float(reach) * CACHE_MARGIN / 127, 1e-12)
-            value = _initializer(graph, f"cache.{i}.{part}.scale", np.array([scale], np.float32))
-            node.replace_input_with(at, value)
+            name = f"cache.{i}.{part}.scale"
+            node.replace_input_with(at, _initializer(graph, name, np.array([scale], np.float32)))
         node.attributes["k_quant_type"] = ir.AttrString("k_quant_type", "PER_TENSOR")
         node.attributes["v_quant_type"] = ir.AttrString("v_quant_type", "PER_TENSOR")
         node.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", 8)
