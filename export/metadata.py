@@ -11,6 +11,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from pico_edge import __version__, artefact
+from pico_edge.export.quantize import Plan
 from pico_edge.train.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -19,10 +20,17 @@ if TYPE_CHECKING:
 # The oldest onnxruntime whose CPU provider runs our operators: GatherBlockQuantized at 8 bits came
 # with 1.24.
 MIN_ONNXRUNTIME = "1.24"
+# Of the int8 cache in GroupQueryAttention: 1.24.4 refuses the graph, 1.26.0 fails to run it.
+MIN_ONNXRUNTIME_INT8_CACHE = "1.28"
 
 
-def write_metadata(model: ir.Model, checkpoint: Checkpoint, *, target: str, precision: str) -> None:
-    """Everything but the parity record, which is measured on the file that holds this."""
+def write_metadata(
+    model: ir.Model, checkpoint: Checkpoint, *, target: str, plan: Plan | None = None
+) -> None:
+    """Everything but the parity record, which is measured on the file that holds this.
+
+    plan: what `quantize_graph` did; None for fp32.
+    """
     values: dict[str, Any] = {
         artefact.FORMAT_VERSION_KEY: artefact.FORMAT_VERSION,
         artefact.CONFIG_KEY: checkpoint.config.to_dict(),
@@ -30,9 +38,9 @@ def write_metadata(model: ir.Model, checkpoint: Checkpoint, *, target: str, prec
         artefact.SAMPLING_KEY: artefact.SAMPLING_DEFAULTS,
         artefact.EXPORT_KEY: {
             "target": target,
-            "precision": precision,
+            "precision": "fp32" if plan is None else plan.precision,
             "opset": model.opset_imports[""],
-            "min_onnxruntime": MIN_ONNXRUNTIME,
+            **_forms(plan),
         },
         artefact.PROVENANCE_KEY: {
             "iter": checkpoint.iter,
@@ -48,6 +56,44 @@ def write_metadata(model: ir.Model, checkpoint: Checkpoint, *, target: str, prec
     }
     for key, value in values.items():
         model.metadata_props[key] = dumps(value)
+
+
+def _forms(plan: Plan | None) -> dict[str, Any]:
+    """How weights, activations and cache are stored, and what follows from it for the user."""
+    if plan is None:
+        return {
+            "weights": {"float32": "all"},
+            "cache": "float32",
+            "rows_are_independent": True,
+            "min_onnxruntime": MIN_ONNXRUNTIME,
+        }
+    layers: dict[str, list[str]] = {}
+    for name, form in plan.forms.items():
+        layers.setdefault(form, []).append(name)
+    cached = plan.cache == "int8"
+    # Read by people and by other runtimes; ours always sets it (runtime/session.py).
+    needs = {"session.x64quantprecision": "1"} if "rows" in plan.forms.values() else {}
+    return {
+        "weights": {form: _summary(names, plan) for form, names in layers.items()},
+        "cache": plan.cache,
+        # Every activation has a scale of its own row, so a text does not depend on the rows beside
+        # it; nor on the calls it came in, but that float rounding in another kernel may move an
+        # activation by one of its steps.
+        "rows_are_independent": True,
+        "session_config_without_vnni": needs,
+        "min_onnxruntime": MIN_ONNXRUNTIME_INT8_CACHE if cached else MIN_ONNXRUNTIME,
+    }
+
+
+def _summary(names: list[str], plan: Plan) -> str:
+    """Example: ["transformer.h.0.mlp.c_fc", "lm_head"] -> "h.0.mlp.c_fc, table"."""
+    table = ["table"] if "lm_head" in names else []
+    layers = [name.removeprefix("transformer.") for name in names if name != "lm_head"]
+    if len(layers) == len(plan.forms) - 1:
+        return ", ".join(["layers", *table])
+    if len(layers) > len(plan.forms) // 2:
+        return ", ".join(["other layers", *table])
+    return ", ".join([*layers, *table])
 
 
 def write_parity(model: ir.Model, record: dict[str, Any]) -> None:

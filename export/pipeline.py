@@ -6,11 +6,13 @@ Try: `export(Path("ckpt.pt"), Path("model.onnx"), quantize=True)`.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +20,28 @@ import onnx
 import onnx_ir as ir
 
 from pico_edge.errors import ArtefactError, PicoEdgeError, UsageError
+from pico_edge.export.calibrate import Statistics, calibrate, split_ids
 from pico_edge.export.metadata import write_metadata, write_parity
-from pico_edge.export.quantize import quantize_int8
+from pico_edge.export.quantize import Plan, choose_plan, quantize_graph
+from pico_edge.export.smooth import smooth
 from pico_edge.export.trace import trace
 from pico_edge.export.verify import check_parity, measure_parity, parity_record
 from pico_edge.publish import check_output, publish
 from pico_edge.runtime.evaluate import Comparison, compare, evaluate
 from pico_edge.runtime.session import Session
 from pico_edge.train.checkpoint import Checkpoint, build_model, load_checkpoint
+from pico_edge.train.model import GPT
 from pico_edge.train.text import read_documents
 
 # A protobuf message, and so a model in one file, is at most this long; 16 MiB are left for the
 # metadata.
 MAX_FILE_BYTES = (2 << 30) - (16 << 20)
-# Decode steps timed for the table that export prints: about a second at the largest shapes.
+# Decode steps and prompts timed for the table that export prints: a second at the largest shapes.
 SPEED_STEPS = 48
+SPEED_PROMPTS = 5
+SPEED_PROMPT_TOKENS = 128
+# Fewer tokens than this say too little of how channels go together for error feedback.
+FEEDBACK_TOKENS = 1024
 
 Progress = Callable[[str], None]
 
@@ -42,6 +51,7 @@ def export(
     out: Path,
     *,
     quantize: bool = False,
+    bits: int | None = None,
     eval_data: Path | None = None,
     max_loss_increase: float = 1.0,
     force: bool = False,
@@ -49,8 +59,11 @@ def export(
 ) -> dict[str, Any]:
     """Write one self-contained model file and return the report of `cli.md`.
 
-    max_loss_increase: percent of held-out loss above fp32 at which no file is written. progress: is
-    given a line as each step begins.
+    bits: of the weights, 8 or 4, which imply quantize; 8 where only quantize is given. eval_data:
+    the text to measure on, by default the held-out sample of the checkpoint but for its first
+    quarter. That quarter, or the whole sample where there is eval_data, is what quantization
+    calibrates on, so that no text is both. max_loss_increase: percent of held-out loss above fp32
+    at which no file is written. progress: is given a line as each step begins.
     Raises UsageError for arguments, ArtefactError for a refused checkpoint, PicoEdgeError when a
     parity or quality limit is missed. Nothing is written under `out` before all checks have passed.
     """
@@ -58,6 +71,10 @@ def export(
         raise UsageError(
             f"max_loss_increase is {max_loss_increase}: expected a percentage, 0 or more"
         )
+    if bits not in (None, 8, 4):
+        raise UsageError(f"bits is {bits}: expected 8 or 4")
+    if quantize and bits is None:
+        bits = 8
     check_output(out, force=force)
     checkpoint = load_checkpoint(checkpoint_path)
     n_bytes = sum(
@@ -68,16 +85,19 @@ def export(
             f"{checkpoint_path}: {n_bytes / 1e9:.1f} GB of weights: one ONNX file holds at most "
             f"{MAX_FILE_BYTES / 1e9:.1f} GB: train a smaller model"
         )
-    text = checkpoint.held_out if eval_data is None else _read_text(eval_data)
-    ids = checkpoint.tokenizer.encode(text)
-    if len(ids) < 2:
-        raise ArtefactError(
-            f"{eval_data or checkpoint_path}: {len(ids)} tokens of held-out text: expected 2 or "
-            "more: give a longer text with --eval-data"
-        )
+    calibration_ids, ids = _texts(checkpoint, checkpoint_path, eval_data)
+    model = build_model(checkpoint)
+    checkpoint = dataclasses.replace(checkpoint, model={})  # the model has its own
     with tempfile.TemporaryDirectory(prefix="pico-edge-") as folder:
         graph, report = _checked_graph(
-            checkpoint, ids, Path(folder), quantize, max_loss_increase, progress or _silent
+            checkpoint,
+            model,
+            calibration_ids,
+            ids,
+            Path(folder),
+            bits,
+            max_loss_increase,
+            progress or _silent,
         )
         proto = ir.to_proto(graph)
         onnx.checker.check_model(proto, full_check=True)
@@ -88,39 +108,57 @@ def export(
 
 def _checked_graph(
     checkpoint: Checkpoint,
-    ids: list[int],
+    model: GPT,
+    calibration_ids: Sequence[int],
+    ids: Sequence[int],
     folder: Path,
-    quantize: bool,
+    bits: int | None,
     max_loss_increase: float,
     say: Progress,
 ) -> tuple[ir.Model, dict[str, Any]]:
     """The graph that is worth publishing, with its metadata, and the figures of the report."""
-    model = build_model(checkpoint)
     parity_ids = list(itertools.islice(itertools.cycle(ids), model.config.block_size))
+    traced, plan = model, None
+    seen: Statistics | None = None
+    calibrated = 0
+    if bits is not None:
+        say(f"calibrating on {len(calibration_ids)} tokens of held-out text")
+        plan = choose_plan(model.config, bits)
+        traced = copy.deepcopy(model)  # the first stays what all is held to
+        smooth(traced, calibrate(traced, calibration_ids))
+        feedback = len(calibration_ids) >= FEEDBACK_TOKENS
+        seen = calibrate(traced, calibration_ids, moments=feedback)
+        calibrated = seen.tokens
     say(f"tracing {model.num_parameters() / 1e6:.1f} M parameters")
-    graph = trace(model)
-    reference = _session(graph, checkpoint, folder, "fp32")
+    graph = trace(traced)
+    del traced
+    reference = _session(graph, checkpoint, folder, None)
     say("checking the graph against PyTorch")
     parity = measure_parity(model, reference, parity_ids)
     check_parity(parity)
     session = reference
-    if quantize:
-        say("quantizing to int8")
-        quantize_int8(graph)
-        session = _session(graph, checkpoint, folder, "int8")
+    if plan is not None:
+        path = reference.path
+        del reference, session  # what the kernels keep beside the weights: 1 GB at 12 x 768
+        say(f"quantizing to {plan.precision}")
+        quantize_graph(graph, plan, seen)
+        seen = None
+        session = _session(graph, checkpoint, folder, plan)
         parity = measure_parity(model, session, parity_ids)
+        reference = Session(path, provider="cpu")
     say(f"measuring the loss on {len(ids)} tokens of held-out text")
-    if quantize:
+    if plan is not None:
         quality = compare(session, reference, ids)
     else:
         fp32 = evaluate(reference, ids)
         quality = Comparison(fp32, fp32, top1_agreement=1.0, kl_divergence=0.0)
     _check_quality(quality, max_loss_increase)
-    record = parity_record(session, parity_ids, parity)
+    record = parity_record(session, parity_ids, ids, parity)
     record["bits_per_byte"] = quality.evaluation.bits_per_byte
     write_parity(graph, record)
     say("measuring the speed")
-    speed = _decode_speed(session, parity_ids)
+    speed = _speed(session, parity_ids)
+    fp32_speed = speed if session is reference else _speed(reference, parity_ids)
     return graph, {
         "target": session.export["target"],
         "precision": session.export["precision"],
@@ -135,13 +173,10 @@ def _checked_graph(
             "loss_increase_percent": quality.loss_increase_percent,
             "top1_agreement": quality.top1_agreement,
             "kl_divergence": quality.kl_divergence,
+            "tokens": quality.evaluation.tokens,
+            "calibration_tokens": calibrated,
         },
-        "speed": {
-            "fp32_decode_tokens_per_second": _decode_speed(reference, parity_ids)
-            if quantize
-            else speed,
-            "decode_tokens_per_second": speed,
-        },
+        "speed": {**{f"fp32_{name}": value for name, value in fp32_speed.items()}, **speed},
     }
 
 
@@ -149,10 +184,30 @@ def _silent(line: str) -> None:
     pass
 
 
-def _session(graph: ir.Model, checkpoint: Checkpoint, folder: Path, precision: str) -> Session:
+def _texts(
+    checkpoint: Checkpoint, path: Path, eval_data: Path | None
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Ids to calibrate on and ids to measure on. Raises ArtefactError if these are too few."""
+    held_out = checkpoint.tokenizer.encode(checkpoint.held_out)
+    if eval_data is None:
+        calibration_ids, ids = split_ids(held_out)
+    else:
+        ids = checkpoint.tokenizer.encode(_read_text(eval_data))
+        calibration_ids = held_out
+        if len(held_out) < 2:
+            calibration_ids, ids = split_ids(ids)
+    if len(ids) < 2:
+        raise ArtefactError(
+            f"{eval_data or path}: {len(ids)} tokens of held-out text: expected 2 or "
+            "more: give a longer text with --eval-data"
+        )
+    return calibration_ids, ids
+
+
+def _session(graph: ir.Model, checkpoint: Checkpoint, folder: Path, plan: Plan | None) -> Session:
     """A session on the graph as it stands, through a file, as every user will load it."""
-    write_metadata(graph, checkpoint, target="cpu", precision=precision)
-    path = folder / f"{precision}.onnx"
+    write_metadata(graph, checkpoint, target="cpu", plan=plan)
+    path = folder / ("fp32.onnx" if plan is None else f"{plan.precision}.onnx")
     ir.save(graph, path)
     return Session(path, provider="cpu")
 
@@ -168,17 +223,26 @@ def _check_quality(quality: Comparison, max_loss_increase: float) -> None:
         )
 
 
-def _decode_speed(session: Session, ids: list[int]) -> float:
-    """Tokens per second of single steps after a short prompt, here and now: the median."""
-    cache, times = session.new_cache(), []
+def _speed(session: Session, ids: Sequence[int]) -> dict[str, float]:
+    """Tokens per second of single steps after a short prompt, and of a prompt: medians, here."""
+    cache, steps, prompts = session.new_cache(), [], []
     cache.prefill([ids[: max(1, min(16, cache.capacity // 2))]])
     for token in itertools.islice(itertools.cycle(ids), SPEED_STEPS):
         if cache.lengths[0] == cache.capacity:
             cache.reset()
         start = time.perf_counter()
         cache.decode([token])
-        times.append(time.perf_counter() - start)
-    return 1 / statistics.median(times)
+        steps.append(time.perf_counter() - start)
+    prompt = ids[:SPEED_PROMPT_TOKENS]
+    for _ in range(SPEED_PROMPTS):
+        cache.reset()
+        start = time.perf_counter()
+        cache.prefill([prompt])
+        prompts.append(time.perf_counter() - start)
+    return {
+        "decode_tokens_per_second": 1 / statistics.median(steps),
+        "prefill_tokens_per_second": len(prompt) / statistics.median(prompts),
+    }
 
 
 def _read_text(path: Path) -> str:

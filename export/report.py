@@ -15,7 +15,10 @@ def table(report: dict[str, Any]) -> str:
     )
     if report["precision"] == "fp32":
         lines.append(f"quality  {quality['bits_per_byte']:.4f} bits per byte on held-out text")
-        lines.append(f"speed    {speed['decode_tokens_per_second']:.0f} tokens/s here")
+        lines.append(
+            f"speed    {speed['decode_tokens_per_second']:.0f} tokens/s here, prompts at "
+            f"{speed['prefill_tokens_per_second']:.0f}"
+        )
         return "\n".join(lines)
     lines.append(
         f"quality  {quality['bits_per_byte']:.4f} bits per byte held out, fp32 "
@@ -25,13 +28,17 @@ def table(report: dict[str, Any]) -> str:
         f"         top-1 agreement {100 * quality['top1_agreement']:.1f} %, "
         f"KL divergence {quality['kl_divergence']:.1e} nats"
     )
-    ratio = speed["decode_tokens_per_second"] / speed["fp32_decode_tokens_per_second"]
-    lines.append(
-        f"speed    {speed['decode_tokens_per_second']:.0f} tokens/s here, fp32 "
-        f"{speed['fp32_decode_tokens_per_second']:.0f}: {ratio:.1f} x"
-    )
-    if ratio < 1:
+    slower = []
+    for label, what, key in (
+        ("speed", "tokens/s here", "decode_tokens_per_second"),
+        ("", "tokens/s of a prompt", "prefill_tokens_per_second"),
+    ):
+        here, fp32 = speed[key], speed[f"fp32_{key}"]
+        lines.append(f"{label:8} {here:.0f} {what}, fp32 {fp32:.0f}: {here / fp32:.1f} x")
+        if here < fp32:
+            slower.append("decoding" if label else "prompts")
+    if slower:
         lines.append(
-            f"note     {report['precision']} is not faster than fp32 on this machine; it is smaller"
+            f"note     not faster than fp32 here: {' and '.join(slower)}; the file is smaller"
         )
     return "\n".join(lines)

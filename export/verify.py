@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from pico_edge.errors import PicoEdgeError
+from pico_edge.runtime.evaluate import evaluate
 from pico_edge.runtime.session import Session
 from pico_edge.train.model import GPT
 
@@ -31,6 +32,29 @@ STEPS = 24
 # Lengths of the chunks that a window is fed in, after an empty cache: 1, odd, a power of two, the
 # rest.
 CHUNKS = (1, 7, 16)
+
+# Of the sample whose loss is in the file: a few hundred bytes there, some milliseconds to replay.
+SAMPLE_TOKENS = 256
+
+
+class Tolerance(NamedTuple):
+    """How far a file may be off its own record on another machine.
+
+    logits: absolute, for logits up to TOLERANCE_SCALE. loss_percent: of the sample's bits per byte.
+    """
+
+    logits: float
+    loss_percent: float
+
+
+# Sums in another order move a float by its rounding; where an activation lies between two codes,
+# that moves it by a whole step, and the difference is then of the size of the quantization error.
+# Measured between the kernels for VNNI and for AVX2: see tests/export/test_parity.py.
+REPLAY_TOLERANCES = {
+    "fp32": Tolerance(1e-4, 0.001),
+    "int8": Tolerance(0.1, 0.2),
+    "int4": Tolerance(0.1, 0.2),
+}
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
@@ -87,12 +111,16 @@ def check_parity(parity: Parity) -> None:
         )
 
 
-def parity_record(session: Session, ids: Sequence[int], parity: Parity) -> dict[str, Any]:
+def parity_record(
+    session: Session, ids: Sequence[int], sample: Sequence[int], parity: Parity
+) -> dict[str, Any]:
     """What can be repeated on the device, without torch.
 
-    A prompt, its greedy continuation by this very file on this machine, and the largest logits
-    after the prompt.
+    A prompt, its greedy continuation by this very file on this machine, the largest logits after
+    the prompt, and the loss of a sample of text, each with how far another machine may be off.
     """
+    sample = [int(i) for i in sample[:SAMPLE_TOKENS]]
+    tolerance = REPLAY_TOLERANCES[session.export["precision"]]
     prompt = [int(i) for i in ids[: _prompt_tokens(session.config.block_size)]]
     n_vocab = session.tokenizer.n_vocab
     logits = session.new_cache().prefill([prompt])[0, :n_vocab]
@@ -103,6 +131,12 @@ def parity_record(session: Session, ids: Sequence[int], parity: Parity) -> dict[
         "logits": {
             "ids": [int(i) for i in order],
             "values": [round(float(logits[i]), 6) for i in order],
+            "tolerance": tolerance.logits * max(1.0, float(np.abs(logits).max()) / TOLERANCE_SCALE),
+        },
+        "sample": {
+            "ids": sample,
+            "bits_per_byte": evaluate(session, sample).bits_per_byte,
+            "tolerance_percent": tolerance.loss_percent,
         },
         "max_abs_error": parity.max_abs_error,
         "max_rel_error": parity.max_rel_error,

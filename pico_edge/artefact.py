@@ -28,7 +28,8 @@ FORMAT_VERSION_KEY = KEY_PREFIX + "format_version"
 CONFIG_KEY = KEY_PREFIX + "config"
 TOKENIZER_KEY = KEY_PREFIX + "tokenizer"
 SAMPLING_KEY = KEY_PREFIX + "sampling"
-EXPORT_KEY = KEY_PREFIX + "export"  # {"target", "precision", "opset", "onnxruntime"}: how to run it
+# {"target", "precision", "opset", "weights", "cache", "rows_are_independent", "min_onnxruntime"}
+EXPORT_KEY = KEY_PREFIX + "export"
 PROVENANCE_KEY = KEY_PREFIX + "provenance"
 PARITY_KEY = KEY_PREFIX + "parity"
 KEYS = (
@@ -40,6 +41,9 @@ KEYS = (
     PROVENANCE_KEY,
     PARITY_KEY,
 )
+# A table for n-gram drafts; files without it have none.
+NGRAMS_KEY = KEY_PREFIX + "ngrams"
+OPTIONAL_KEYS = (NGRAMS_KEY,)
 MAX_METADATA_BYTES = 16 << 20  # per value
 
 # Which execution provider a file of each target is made for.

@@ -289,12 +289,18 @@ def _thread_count(text: str) -> int | None:
 def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A ckpt.pt made by train.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="File to write.")] = Path("model.onnx"),
-    quantize: Annotated[bool, typer.Option("--quantize", help="int8 weights.")] = False,
+    quantize: Annotated[
+        bool, typer.Option("--quantize", help="int8 weights, activations and cache.")
+    ] = False,
+    bits: Annotated[
+        int | None,
+        typer.Option(metavar="8|4", help="Of the weights; implies --quantize.", show_default="8"),
+    ] = None,
     eval_data: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Text for the quality table. Default: the held-out sample in the checkpoint.",
+            help="Text for the quality table. Default: held-out text in the checkpoint.",
         ),
     ] = None,
     max_loss_increase: Annotated[
@@ -324,6 +330,7 @@ def export(
             checkpoint,
             out,
             quantize=quantize,
+            bits=bits,
             eval_data=eval_data,
             max_loss_increase=max_loss_increase,
             force=force,

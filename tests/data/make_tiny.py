@@ -1,4 +1,6 @@
-"""How tiny.onnx (int8) and tiny_fp32.onnx were made: two layers, 64 tokens of context, a minute.
+"""How tiny.onnx (int8), tiny_int4.onnx and tiny_fp32.onnx were made.
+
+Two layers, 64 tokens of context, a minute:
 
     python tests/data/make_tiny.py
 
@@ -27,6 +29,7 @@ def main() -> None:
         train([text], TrainSettings(out=out, max_iters=2000, preset="nano", **shape))
         export(out, HERE / "tiny_fp32.onnx", force=True)
         export(out, HERE / "tiny.onnx", quantize=True, force=True)
+        export(out, HERE / "tiny_int4.onnx", bits=4, max_loss_increase=2, force=True)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("onnx")
 
 from pico_edge.config import GPTConfig  # noqa: E402
+from pico_edge.export import quantize  # noqa: E402
 from pico_edge.export.pipeline import export  # noqa: E402
 from pico_edge.runtime.session import Session  # noqa: E402
 from pico_edge.tokenizer import SimpleTokenizer  # noqa: E402
@@ -113,6 +114,19 @@ def int8_report(folder: Path, checkpoint_path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
+def int4_report(folder: Path, checkpoint_path: Path) -> dict[str, Any]:
+    return export(checkpoint_path, folder / "int4.onnx", bits=4)
+
+
+@pytest.fixture(scope="session")
+def wide_report(folder: Path, checkpoint_path: Path) -> dict[str, Any]:
+    """int8 in the form that wide models take."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantize, "ROWS_MIN_WIDTH", 32)
+        return export(checkpoint_path, folder / "wide.onnx", quantize=True)
+
+
+@pytest.fixture(scope="session")
 def fp32_path(fp32_report: dict[str, Any]) -> Path:
     return Path(fp32_report["file"])
 
@@ -130,6 +144,16 @@ def fp32(fp32_path: Path) -> Session:
 @pytest.fixture(scope="session")
 def int8(int8_path: Path) -> Session:
     return Session(int8_path, threads=1)
+
+
+@pytest.fixture(scope="session")
+def wide(wide_report: dict[str, Any]) -> Session:
+    return Session(wide_report["file"], threads=1)
+
+
+@pytest.fixture(scope="session")
+def int4(int4_report: dict[str, Any]) -> Session:
+    return Session(int4_report["file"], threads=1)
 
 
 @pytest.fixture(autouse=True)

@@ -19,8 +19,9 @@ from pico_edge.errors import ArtefactError, PicoEdgeError, UsageError
 from pico_edge.export import pipeline
 from pico_edge.export.pipeline import export
 from pico_edge.export.report import table
-from pico_edge.export.verify import Parity, check_parity
+from pico_edge.export.verify import SAMPLE_TOKENS, Parity, check_parity
 from pico_edge.runtime import Model
+from pico_edge.runtime.evaluate import evaluate
 from pico_edge.runtime.preflight import read_model_file
 from pico_edge.runtime.session import Session
 from pico_edge.train.checkpoint import build_model, load_checkpoint
@@ -43,10 +44,14 @@ def test_the_report_has_the_keys_of_the_contract(int8_report: dict[str, Any]) ->
         "loss_increase_percent",
         "top1_agreement",
         "kl_divergence",
+        "tokens",
+        "calibration_tokens",
     }
     assert set(int8_report["speed"]) == {
         "fp32_decode_tokens_per_second",
         "decode_tokens_per_second",
+        "fp32_prefill_tokens_per_second",
+        "prefill_tokens_per_second",
     }
     assert int8_report["bytes"] == Path(int8_report["file"]).stat().st_size
     assert json.loads(json.dumps(int8_report, allow_nan=False)) == int8_report
@@ -167,23 +172,90 @@ def test_nan_is_not_within_the_tolerance() -> None:
 def test_a_loss_increase_beyond_the_limit_writes_nothing(
     make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quantize = pipeline.quantize_int8
+    quantize = pipeline.quantize_graph
 
-    def ruin(model: ir.Model) -> None:
-        quantize(model)
+    def ruin(model: ir.Model, *args: Any) -> None:
+        quantize(model, *args)
         for name, value in model.graph.initializers.items():
             if name.endswith("c_fc.weight.scales"):
                 assert value.const_value is not None
                 value.const_value = ir.tensor(9 * value.const_value.numpy(), name=name)
 
     checkpoint = make_checkpoint(SMALL)
-    monkeypatch.setattr(pipeline, "quantize_int8", ruin)
+    monkeypatch.setattr(pipeline, "quantize_graph", ruin)
     with pytest.raises(PicoEdgeError, match=r"loss rises by .* % .*--max-loss-increase") as error:
         export(checkpoint, tmp_path / "m.onnx", quantize=True, max_loss_increase=0.5)
     assert error.value.exit_code == 1
     assert _files(tmp_path) == {"ckpt.pt"}
     export(checkpoint, tmp_path / "m.onnx", quantize=True, max_loss_increase=1000)
     assert _files(tmp_path) == {"ckpt.pt", "m.onnx"}
+
+
+def test_bits_imply_quantize_and_4_bits_are_smaller(
+    int4_report: dict[str, Any], int8_report: dict[str, Any]
+) -> None:
+    assert int4_report["precision"] == "int4"
+    assert int4_report["bytes"] < int8_report["bytes"]
+    assert int4_report["quality"]["loss_increase_percent"] < 1
+    assert int4_report["quality"]["top1_agreement"] > 0.9
+
+
+def test_bits_that_no_kernel_has_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="bits is 3: expected 8 or 4"):
+        export(tmp_path / "ckpt.pt", tmp_path / "m.onnx", bits=3)
+
+
+def test_calibration_never_sees_what_is_measured(
+    int8_report: dict[str, Any],
+    checkpoint_path: Path,
+    tmp_path: Path,
+) -> None:
+    """Another measured text changes the record of the loss and nothing else in the file."""
+    quality = int8_report["quality"]
+    assert (quality["calibration_tokens"], quality["tokens"]) == (
+        1001,
+        3004,
+    )  # of 4006 bytes and ids
+    held_out = load_checkpoint(checkpoint_path).held_out
+    files = []
+    for name, text in (("a", held_out[:700]), ("b", held_out[700:1400])):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        export(checkpoint_path, tmp_path / f"{name}.onnx", quantize=True, eval_data=tmp_path / name)
+        model = onnx.load(tmp_path / f"{name}.onnx")
+        kept = [prop for prop in model.metadata_props if prop.key != artefact.PARITY_KEY]
+        del model.metadata_props[:]
+        model.metadata_props.extend(kept)
+        files.append(model.SerializeToString())
+    assert files[0] == files[1]
+
+
+def test_the_file_says_how_it_is_stored(
+    int4_report: dict[str, Any], wide_report: dict[str, Any]
+) -> None:
+    said = read_model_file(Path(int4_report["file"])).metadata[artefact.EXPORT_KEY]
+    assert said["precision"] == "int4"
+    assert said["weights"]["int4"] == (
+        "h.1.attn.c_attn, h.1.attn.c_proj, h.1.mlp.c_fc, h.1.mlp.c_proj"
+    )
+    assert said["weights"]["int8"].startswith("h.0.attn.c_attn")
+    assert said["weights"]["int8"].endswith("table")
+    assert said["cache"] == "int8"
+    assert said["rows_are_independent"] is True
+    assert said["session_config_without_vnni"] == {}
+    said = read_model_file(Path(wide_report["file"])).metadata[artefact.EXPORT_KEY]
+    assert said["weights"] == {"rows": "layers", "int8": "table"}
+    assert said["session_config_without_vnni"] == {"session.x64quantprecision": "1"}
+
+
+@pytest.mark.parametrize("report", ["fp32_report", "int8_report", "wide_report", "int4_report"])
+def test_the_loss_of_the_sample_can_be_had_again(
+    report: str, request: pytest.FixtureRequest
+) -> None:
+    session = Session(request.getfixturevalue(report)["file"])
+    sample = session.metadata[artefact.PARITY_KEY]["sample"]
+    again = evaluate(session, sample["ids"]).bits_per_byte
+    assert len(sample["ids"]) == SAMPLE_TOKENS
+    assert abs(again / sample["bits_per_byte"] - 1) <= sample["tolerance_percent"] / 100
 
 
 @pytest.mark.parametrize("limit", [-1.0, float("nan")])
@@ -219,18 +291,19 @@ def test_the_loss_of_the_file_is_the_loss_of_the_model(
     checkpoint = load_checkpoint(checkpoint_path)
     model = build_model(checkpoint)
     ids = torch.tensor(checkpoint.tokenizer.encode(checkpoint.held_out))
+    ids = ids[len(ids) // 4 :]  # what goes before is for calibration
     block_size, nats = model.config.block_size, 0.0
     with torch.no_grad():
         for start in range(0, len(ids) - 1, block_size):
             window = ids[start : start + block_size + 1]
             logits = model(window[None, :-1])[0][0, :, :257].double()
             nats += float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
-    n_bytes = len(checkpoint.held_out.encode()) - 1
+    n_bytes = len(ids) - 1
     found = fp32_report["quality"]["bits_per_byte"]
     assert found == pytest.approx(nats / np.log(2) / n_bytes, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["fp32_report", "int8_report"])
+@pytest.mark.parametrize("name", ["fp32_report", "int8_report", "int4_report"])
 def test_the_table_fits_80_columns(name: str, request: pytest.FixtureRequest) -> None:
     report = {**request.getfixturevalue(name), "file": "model.onnx"}
     # Longer numbers than most: a large and bad model.

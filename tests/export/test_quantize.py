@@ -1,49 +1,21 @@
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
+import onnxruntime as ort
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as st_numpy
+import torch
 
-from pico_edge.export.quantize import block_size_for, quantize_blocks
-
-
-@given(
-    weight=st_numpy.arrays(
-        np.float32,
-        st.tuples(st.integers(1, 4), st.sampled_from([16, 32, 64])),
-        elements=st.floats(-1e3, 1e3, width=32),
-    ),
-    block_size=st.sampled_from([16]),
-)
-def test_every_weight_is_within_half_a_step(weight: np.ndarray, block_size: int) -> None:
-    blocks, scales = quantize_blocks(weight, block_size)
-    restored = (blocks.astype(np.float32) - 128) * scales[..., None]
-    error = np.abs(restored.reshape(weight.shape) - weight).reshape(len(weight), -1, block_size)
-    # The code 255 is missing one step on the far side: an equal and opposite weight loses a whole
-    # step.
-    step = np.abs(scales)[..., None]
-    assert (error <= step * 1.0001 + 1e-30).all()
-    inside = np.abs(weight.reshape(error.shape) / scales[..., None]) <= 127
-    assert (error[inside] <= (0.5001 * np.broadcast_to(step, error.shape) + 1e-30)[inside]).all()
-
-
-def test_the_largest_weight_of_a_block_is_exact() -> None:
-    weight = np.array([[0.5, -2.0, *[0.1] * 14]], np.float32)
-    blocks, scales = quantize_blocks(weight, 16)
-    assert blocks[0, 0, 1] == 0
-    assert scales[0, 0] == 2.0 / 128
-    assert (float(blocks[0, 0, 1]) - 128) * scales[0, 0] == -2.0
-
-
-def test_zeros_stay_zeros() -> None:
-    blocks, scales = quantize_blocks(np.zeros((2, 32), np.float32), 16)
-    assert (blocks == 128).all()
-    assert np.isfinite(scales).all()
+from pico_edge.config import GPTConfig
+from pico_edge.export import quantize
+from pico_edge.export.blocks import quantize_matrix
+from pico_edge.export.quantize import GELU_MIN, block_size_for, choose_plan
+from pico_edge.runtime.session import Session
 
 
 @pytest.mark.parametrize(("k", "expected"), [(768, 128), (384, 128), (192, 64), (96, 32), (48, 16)])
@@ -79,3 +51,58 @@ def test_an_int8_file_holds_the_table_once_and_no_float_matrix(
     # Of the float file, beside metadata: 1 byte and a 32nd of 4 of a weight, and the position
     # table.
     assert int8_path.stat().st_size < 0.5 * fp32_path.stat().st_size
+
+
+def test_a_wide_int8_file_has_one_scale_per_row_of_activations(wide_report: dict[str, Any]) -> None:
+    model = onnx.load(wide_report["file"])
+    counts = Counter(node.op_type for node in model.graph.node)
+    assert counts["MatMulIntegerToFloat"] == counts["QuantizeLinear"] == 4 * 2
+    assert counts["MatMulNBits"] == 1  # the head
+    assert not counts["DynamicQuantizeMatMul"] and not counts["DynamicQuantizeLinear"]
+
+
+@pytest.mark.parametrize("report", ["int8_report", "wide_report", "int4_report"])
+def test_the_cache_is_int8(report: str, request: pytest.FixtureRequest) -> None:
+    session = Session(request.getfixturevalue(report)["file"], threads=1)
+    assert session.cache_dtype == np.int8
+
+
+def test_the_plan_follows_the_shape_alone() -> None:
+    narrow, wide = GPTConfig(n_layer=2, n_head=6, n_embd=384), GPTConfig(n_layer=2)
+    assert set(choose_plan(narrow, 8).forms.values()) == {"int8"}
+    assert set(choose_plan(wide, 8).forms.values()) == {"int8", "rows"}
+    assert choose_plan(wide, 8).forms["lm_head"] == "int8"
+    deep = choose_plan(GPTConfig(), 4).forms
+    assert deep["transformer.h.0.mlp.c_proj"] == "int4"
+    assert deep["transformer.h.0.mlp.c_fc"] == "int8"
+    assert choose_plan(wide, 4).forms["transformer.h.0.mlp.c_proj"] == "int8"
+    with pytest.raises(ValueError, match="bits is 2"):
+        choose_plan(wide, 2)
+
+
+def test_gelu_stays_above_the_shift() -> None:
+    x = torch.linspace(-10, 10, 200_001, dtype=torch.float64)
+    for form in ("tanh", "none"):
+        assert torch.nn.functional.gelu(x, approximate=form).min() > -GELU_MIN
+
+
+def test_int4_packs_the_first_weight_into_the_low_half(int4_report: dict[str, Any]) -> None:
+    """Against onnxruntime's own reading of it: one matrix, column by column."""
+    weight = torch.arange(-8, 8.0).repeat(2)[None].clone()  # (1, 32): every code in turn
+    weight[0, 16:] *= -1
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": 20, "com.microsoft": 1})
+    x = ir.Value(name="x", shape=ir.Shape((32, 32)), type=ir.TensorType(ir.DataType.FLOAT))
+    w = quantize._initializer(graph, "w", weight.T.numpy())
+    node = ir.node("MatMul", [x, w])
+    y = node.outputs[0]
+    y.name, y.shape, y.type = "y", ir.Shape((32, 1)), ir.TensorType(ir.DataType.FLOAT)
+    graph.inputs.append(x)
+    graph.outputs.append(y)
+    graph.append(node)
+    quantize._replace_by_blocks(graph, node, weight, 4, None)
+    del graph.initializers["w"]
+    data = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    session = ort.InferenceSession(data, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": np.eye(32, dtype=np.float32)})
+    restored = quantize_matrix(weight, 4, 32).restore()
+    np.testing.assert_allclose(found[:, 0], restored[0].numpy(), rtol=1e-5, atol=1e-5)
