@@ -41,7 +41,7 @@ demo: .venv/.all
 	  pathlib.Path("demo/data.txt").write_text("\n\n".join(t.topics.values()), encoding="utf-8")'
 	@echo; echo 'demo/data.txt: the text of pydoc_data.topics. Put your own text in its place and repeat, in demo/:'
 	@PATH="$$PWD/$(BIN):$$PATH"; export PATH; set -e; cd demo; \
-	for command in 'pico-edge train data.txt --minutes 2 --preset nano --dropout 0' \
+	for command in 'pico-edge train data.txt --minutes 2' \
 	  'pico-edge export ckpt.pt --quantize' 'pico-edge generate model.onnx "Hello"'; \
 	do echo; echo "\$$ $$command"; eval "$$command"; done
 

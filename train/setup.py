@@ -58,6 +58,7 @@ from pico_edge.train.resume import (
 from pico_edge.train.settings import (
     DEFAULT_MINUTES,
     PRESET_BELOW_BYTES,
+    PRESETS,
     Recipe,
     TrainSettings,
     choose_preset,
@@ -407,8 +408,11 @@ def _shape(
             dtype,
         ),
     )
-    reason = f"preset {size.preset}: {size.reason}"
-    return config_of(size.preset), (size.preset, reason), tokenizer
+    config = config_of(size.preset)
+    if settings.dropout is None and size.preset != most:
+        # A small model for want of time does not learn so long a text by heart.
+        config = dataclasses.replace(config, dropout=PRESETS[most].dropout)
+    return config, (size.preset, f"preset {size.preset}: {size.reason}"), tokenizer
 
 
 def _tokenizer(
