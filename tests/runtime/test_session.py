@@ -55,7 +55,8 @@ def test_session_says_what_it_is(model):
     assert model.notices == []
     assert model.export["target"] == "cpu"
     assert model.tokenizer.n_vocab <= model.config.vocab_size
-    assert model.cache_dtype == np.float32
+    quantized = model.path.name != "tiny_fp32.onnx"
+    assert model.cache_dtype == (np.int8 if quantized else np.float32)
     assert model.sampling["max_new_tokens"] > 0
 
 
