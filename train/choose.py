@@ -54,10 +54,14 @@ STEP_S, STEP_PER_LAYER_S = 30e-6, 12e-6
 
 
 class Size(NamedTuple):
-    """A preset and why it was chosen, as the second half of a sentence."""
+    """A preset, why it was chosen, as the second half of a sentence, and the tokens it will see.
+
+    tokens: None where the speed was not measured.
+    """
 
     preset: str
     reason: str
+    tokens: float | None = None
 
 
 def choose_size(
@@ -80,12 +84,23 @@ def choose_size(
     for name in reversed(names[1:]):
         tokens = tokens_per_second(name) * seconds * STEPPING_SHARE
         if tokens >= TOKENS_PER_PARAMETER * n_parameters(name):
-            return Size(name, reason)
+            return Size(name, reason, tokens)
         reason = (
             f"{duration(seconds)} here are {count(tokens)} tokens for {name}, which has "
             f"{count(n_parameters(name))} parameters"
         )
     return Size(names[0], reason)
+
+
+def dropout_for(passes: float) -> float:
+    """Dropout for a text that is read so many times over.
+
+    Ten minutes of 4 x 256 on tiny shakespeare, 8.9 passes, without: 2.159 bits per byte held out
+    after 7.5 of them, then worse, and the training loss at two thirds of it.
+    """
+    if passes < 4:
+        return 0.0
+    return 0.1 if passes < 12 else 0.2
 
 
 def measure_tokens_per_second(

@@ -36,6 +36,7 @@ from pico_edge.train.checkpoint import (
 )
 from pico_edge.train.choose import (
     choose_size,
+    dropout_for,
     measure_bytes_per_second,
     measure_tokens_per_second,
     shape_for_target,
@@ -72,6 +73,8 @@ StrPath = str | os.PathLike[str]
 
 # torch.compile takes most of a minute: not worth it in a run of fewer minutes than this.
 COMPILE_FROM_MINUTES = 5.0
+# Of English, with some thousand tokens: for a first guess, before the text is tokenized.
+BPE_BYTES_PER_TOKEN = 3.5
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt, malloc.h of glibc
 
 
@@ -151,7 +154,8 @@ def set_up(
         model = _model(checkpoint, config, settings, reporter).to(device).train()
     reporter.say(
         f"model: {config.n_layer} layers x {config.n_embd} ({config.n_head} heads), block "
-        f"{config.block_size}, {count(model.num_parameters())} parameters, {preset[1]}"
+        f"{config.block_size}, {count(model.num_parameters())} parameters, dropout "
+        f"{config.dropout:g}, {preset[1]}"
     )
     workers.share(lambda: check_space(paths, model.num_parameters()))
     recipe_for = _recipes(settings, preset[0], config, tokens, device, workers)
@@ -409,9 +413,12 @@ def _shape(
         ),
     )
     config = config_of(size.preset)
-    if settings.dropout is None and size.preset != most:
-        # A small model for want of time does not learn so long a text by heart.
-        config = dataclasses.replace(config, dropout=PRESETS[most].dropout)
+    if settings.dropout is None:
+        dropout = PRESETS[most].dropout  # not that of a smaller model: the text is as long
+        if size.tokens is not None:
+            per_token = 1.0 if tokenizer.kind == "simple" else BPE_BYTES_PER_TOKEN
+            dropout = dropout_for(size.tokens * per_token / text_bytes(files))
+        config = dataclasses.replace(config, dropout=dropout)
     return config, (size.preset, f"preset {size.preset}: {size.reason}"), tokenizer
 
 

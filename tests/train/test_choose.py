@@ -9,6 +9,7 @@ from pico_edge.train.choose import (
     TARGET_SHAPES,
     choose_size,
     decode_tokens_per_second,
+    dropout_for,
     int8_bytes,
     measure_bytes_per_second,
     measure_tokens_per_second,
@@ -39,7 +40,7 @@ def chosen(most, seconds, speeds):
 
 def test_a_model_that_sees_enough_tokens_is_taken_without_measuring_smaller_ones():
     size, asked = chosen("mini", 1000.0, {"mini": 6000.0})
-    assert size == ("mini", "the text is so")
+    assert size == ("mini", "the text is so", pytest.approx(5_400_000))
     assert asked == ["mini"]
 
 
@@ -54,11 +55,16 @@ def test_the_smallest_needs_no_measurement():
     size, asked = chosen("micro", 6.0, {"micro": 100.0})
     assert size.preset == "nano"
     assert asked == ["micro"]
-    assert chosen("nano", 6.0, {}) == (("nano", "the text is so"), [])
+    assert chosen("nano", 6.0, {}) == (("nano", "the text is so", None), [])
 
 
 def test_without_a_time_the_text_decides_alone():
-    assert chosen("mini", None, {}) == (("mini", "the text is so"), [])
+    assert chosen("mini", None, {}) == (("mini", "the text is so", None), [])
+
+
+def test_the_more_often_a_text_is_read_the_more_dropout():
+    rates = [dropout_for(passes) for passes in (0.1, 1, 3.9, 4, 9, 12, 500)]
+    assert rates == [0, 0, 0, 0.1, 0.1, 0.2, 0.2]
 
 
 @pytest.mark.parametrize("bias", [True, False])
