@@ -276,7 +276,10 @@ def test_a_signal_to_one_rank_stops_all_with_its_exit_code(folder):
     wait_for(folder / "ckpt.run" / "last.pt", process)
     os.kill(ranks_of(process)[1], signal.SIGUSR1)
     code, _, err = end(process)
-    assert code == 1 and rank_codes(err) == {128 + signal.SIGUSR1}
+    assert code == 1
+    # The first to leave may make torchrun send SIGTERM to one that is about to.
+    usual, late = 128 + signal.SIGUSR1, {128 + signal.SIGTERM, -signal.SIGTERM}
+    assert usual in rank_codes(err) and rank_codes(err) <= {usual, *late}, err
     assert "stopped by signal" in err and not errors(err)
 
 
