@@ -232,7 +232,7 @@ def test_other_processes_and_batches_go_on_where_tokens_per_step_are_the_same(
 @pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_and_resumed_two_processes_end_in_the_bits_of_an_uninterrupted_run(killed, folder):
     """Row 20: SIGKILL of one rank; dropout and accumulation on."""
-    run = flags(max_iters=200, grad_accum=2, dropout=0.2, eval_interval=20)
+    run = flags(max_iters=100, grad_accum=2, dropout=0.2, eval_interval=10)
     assert end(start("--out=whole.pt", "--quiet", *run))[0] == 0
     process = start("--out=cut.pt", *run)
     last = folder / "cut.run" / "last.pt"
@@ -246,7 +246,7 @@ def test_killed_and_resumed_two_processes_end_in_the_bits_of_an_uninterrupted_ru
     assert all("lost contact" in line for line in errors(err)), err
     assert -signal.SIGKILL in rank_codes(err)
     assert "train/loop.py" not in err  # a traceback of ours; torchrun prints its own
-    assert 0 < load_checkpoint(last).iter < 200
+    assert 0 < load_checkpoint(last).iter < 100
     code, _, err = end(start("--out=cut.pt", "--resume", *run))
     assert code == 0 and "bit by bit" in err, err
     for name in ("pt", "run/last.pt"):
@@ -276,7 +276,10 @@ def test_a_signal_to_one_rank_stops_all_with_its_exit_code(folder):
     wait_for(folder / "ckpt.run" / "last.pt", process)
     os.kill(ranks_of(process)[1], signal.SIGUSR1)
     code, _, err = end(process)
-    assert code == 1 and rank_codes(err) == {128 + signal.SIGUSR1}
+    assert code == 1
+    # The first to leave may make torchrun send SIGTERM to one that is about to.
+    usual, late = 128 + signal.SIGUSR1, {128 + signal.SIGTERM, -signal.SIGTERM}
+    assert usual in rank_codes(err) and rank_codes(err) <= {usual, *late}, err
     assert "stopped by signal" in err and not errors(err)
 
 
