@@ -112,8 +112,15 @@ class TrainResult:
 
 
 def append_metrics(path: Path, values: Mapping[str, Any]) -> None:
-    """Add one evaluation to `metrics.jsonl`: one JSON object, one line, readable at once."""
-    with path.open("a", encoding="utf-8") as file:
+    """Add one evaluation to `metrics.jsonl`: one JSON object, one line, readable at once.
+
+    On a line of its own even where a full disk cut the one before short.
+    """
+    with path.open("a+", encoding="utf-8") as file:
+        if file.tell():
+            file.seek(file.tell() - 1)
+            if file.read(1) != "\n":
+                file.write("\n")
         file.write(json.dumps(dict(values), allow_nan=False) + "\n")
 
 

@@ -11,7 +11,14 @@ import termios
 import pytest
 
 from pico_edge.train.progress import cut, evaluation_line, fit, progress_line, width
-from pico_edge.train.report import Reporter, append_sample, best_sample, size
+from pico_edge.train.report import (
+    Reporter,
+    append_metrics,
+    append_sample,
+    best_sample,
+    read_metrics,
+    size,
+)
 
 VALUES = {
     "step": 120,
@@ -143,3 +150,13 @@ def test_the_sample_of_the_best_model_is_found_again(tmp_path):
     assert best_sample(path) == "better\n\nstill"
     assert "=== iteration 40, held-out loss 1.5000, best so far\n" in path.read_text()
     assert "=== iteration 60, held-out loss 1.6000\n" in path.read_text()
+
+
+def test_metrics_after_a_line_cut_short_stand_on_a_line_of_their_own(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    append_metrics(path, {"iter": 1, "val_loss": 3.0})
+    path.write_bytes(path.read_bytes() + b'{"iter": 2, "val_')
+    append_metrics(path, {"iter": 3, "val_loss": 2.0})
+    append_metrics(path, {"iter": 4, "val_loss": 1.0})
+    assert [row["iter"] for row in read_metrics(path)] == [1, 3, 4]
+    assert path.read_bytes().count(b"\n") == 4
