@@ -11,6 +11,7 @@ Try: `uniform(seed=1, position=5)`.
 from __future__ import annotations
 
 import functools
+import sys
 
 MULTIPLIERS = 0xD2E7470EE14C6C93, 0xCA5A826395121157
 KEY_STEPS = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B  # golden ratio, sqrt(3) - 1
@@ -42,32 +43,36 @@ def _round_keys(key: tuple[int, int]) -> list[tuple[int, int]]:
 
 
 def uniforms(seed: int, position: int, sample: int = 0, *, n: int) -> list[float]:
-    """`uniform` for n positions in a row, at a third of the cost of each by itself.
+    """`uniform` for n positions in a row, at a tenth of the cost of each by itself.
 
     The n blocks are computed at once in long integers, one lane of 128 bits to a block: a word of
     64 bits times a multiplier fills its lane and never reaches the next.
     """
-    ones = _ones(n)
-    low = ones * MASK
+    ones, numbers = _lanes(n)
     m0, m1 = MULTIPLIERS
-    a = sum(((position + i) & MASK) << LANE * i for i in range(n))
-    b, c, d = ones * sample, 0, 0
-    for k0, k1 in _round_keys((seed, 0)):
+    low = ones * MASK
+    # Positions are far below 2**64: no lane carries into the next.
+    a, b, c, d = ones * position + numbers, ones * sample, 0, 0
+    for k0, k1 in _round_key_lanes(seed, n):
         x, y = m0 * a, m1 * c
-        a, b = ((y >> 64) & low) ^ b ^ ones * k0, y & low
-        c, d = ((x >> 64) & low) ^ d ^ ones * k1, x & low
-    words = a.to_bytes(LANE // 8 * n, "little")
-    step = LANE // 8
-    return [
-        (int.from_bytes(words[at : at + 8], "little") >> 11) * 2.0**-53
-        for at in range(0, step * n, step)
-    ]
+        a, b = ((y >> 64) & low) ^ b ^ k0, y & low
+        c, d = ((x >> 64) & low) ^ d ^ k1, x & low
+    words = memoryview(a.to_bytes(LANE // 8 * n, sys.byteorder)).cast("Q").tolist()
+    # Of each lane the low word; big-endian bytes begin with the high word of the last lane.
+    firsts = words[::2] if sys.byteorder == "little" else words[::-2]
+    return [(word >> 11) * 2.0**-53 for word in firsts]
 
 
 @functools.lru_cache(maxsize=4)
-def _ones(n: int) -> int:
-    """A 1 in each of n lanes."""
-    return sum(1 << LANE * i for i in range(n))
+def _lanes(n: int) -> tuple[int, int]:
+    """A 1 in each of n lanes, and the number of the lane in each."""
+    return sum(1 << LANE * i for i in range(n)), sum(i << LANE * i for i in range(n))
+
+
+@functools.lru_cache(maxsize=16)
+def _round_key_lanes(seed: int, n: int) -> list[tuple[int, int]]:
+    ones, _ = _lanes(n)
+    return [(ones * k0, ones * k1) for k0, k1 in _round_keys((seed, 0))]
 
 
 def uniform(seed: int, position: int, sample: int = 0) -> float:

@@ -33,6 +33,7 @@ ContextOverflow = Literal["slide", "stop"]
 Logits = npt.NDArray[np.floating[Any]]
 
 FLOAT32 = np.dtype(np.float32)
+INFINITY = math.inf
 less_equal, logical_not = np.less_equal, np.logical_not  # looked up once: see Sampler.draw
 MAX_SEED = (1 << 63) - 1
 # Below it logits would overflow; long before, only the largest have any chance.
@@ -111,6 +112,7 @@ class Sampler:
         # An array of no dimensions: numpy compares with it twice as fast as with a Python float.
         self._guess = np.array(math.inf, np.float32)
         self._above = np.empty(0, np.bool_)  # memory of `draw`, of V places from the first on
+        self._top_k, self._temperature = sampling.top_k, sampling.temperature
         self._usual = (
             sampling.top_k > 1
             and sampling.temperature >= MIN_TEMPERATURE
@@ -129,8 +131,7 @@ class Sampler:
         above = self._above
         if above.size != logits.size:
             above = self._above = np.empty(logits.size, np.bool_)
-        k, exp = self.sampling.top_k, math.exp
-        guess = self._guess
+        k, guess, exp = self._top_k, self._guess, math.exp
         less_equal(logits, guess, above)
         logical_not(above, above)  # not `greater`: so that a NaN is found
         pool = logits[above]
@@ -139,8 +140,8 @@ class Sampler:
             return self.sample(logits, u)
         pool.sort()
         values: list[float] = pool[: -k - 1 : -1].tolist()
-        highest, divisor = values[0], self.sampling.temperature
-        if not highest < math.inf:
+        highest, divisor = values[0], self._temperature
+        if not highest < INFINITY:
             return self.sample(logits, u)  # which says what is wrong
         if size > SPARE * k:
             guess[()] = pool[-SPARE * k]
