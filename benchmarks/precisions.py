@@ -1,6 +1,6 @@
 """Prefill and decode speed, size and export time of every precision, at one shape.
 
-    python benchmarks/precisions.py [--shape 12,12,768,50304,1024] [--rounds 7] [--threads 2] [--json]
+    python benchmarks/precisions.py [--shape 12,12,768,50304,1024] [--rounds 7] [--json]
 
 The shape is n_layer,n_head,n_embd,vocab_size,block_size; weights are random. Each file is measured
 in a process of its own, in alternating rounds; quoted are medians. Decode is timed at fixed depths,
