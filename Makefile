@@ -72,6 +72,7 @@ check: .venv/.dev
 bench: .venv/.dev
 	$(BIN)/python benchmarks/decode_speed.py
 	$(BIN)/python benchmarks/tokenize_speed.py
+	$(BIN)/python benchmarks/precisions.py
 
 clean:
 	rm -rf build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache $(DEMO_FILES)

@@ -28,7 +28,7 @@ FORMAT_VERSION_KEY = KEY_PREFIX + "format_version"
 CONFIG_KEY = KEY_PREFIX + "config"
 TOKENIZER_KEY = KEY_PREFIX + "tokenizer"
 SAMPLING_KEY = KEY_PREFIX + "sampling"
-# {"target", "precision", "opset", "weights", "cache", "rows_are_independent", "min_onnxruntime"}
+# {"target", "precision", "opset", "weights", "cache", "rows_are_independent", ...}
 EXPORT_KEY = KEY_PREFIX + "export"
 PROVENANCE_KEY = KEY_PREFIX + "provenance"
 PARITY_KEY = KEY_PREFIX + "parity"

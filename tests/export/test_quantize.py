@@ -75,6 +75,7 @@ def test_the_plan_follows_the_shape_alone() -> None:
     deep = choose_plan(GPTConfig(), 4).forms
     assert deep["transformer.h.0.mlp.c_proj"] == "int4"
     assert deep["transformer.h.0.mlp.c_fc"] == "int8"
+    assert (choose_plan(narrow, 4).int4_block, choose_plan(wide, 4).int4_block) == (64, 128)
     assert choose_plan(wide, 4).forms["transformer.h.0.mlp.c_proj"] == "int8"
     with pytest.raises(ValueError, match="bits is 2"):
         choose_plan(wide, 2)
