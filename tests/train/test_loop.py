@@ -199,6 +199,15 @@ def test_a_run_killed_twice_and_resumed_equals_the_uninterrupted_one(whole, data
     assert (tmp_path / samples).read_bytes() == (whole / samples).read_bytes()
 
 
+@pytest.fixture
+def heard_hangup():
+    """SIGHUP as a terminal has it: under nohup the tests would inherit that it is ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("heard_hangup")
 def test_a_signal_ends_the_run_after_its_step_and_a_resume_loses_nothing(whole, data, tmp_path):
     command = f"pico-edge train {data} --out {tmp_path / 'ckpt.pt'} --threads 1 --resume"
     names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
