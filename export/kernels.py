@@ -239,9 +239,7 @@ def value_types(model: ir.Model) -> dict[ir.Value, str]:
     return types
 
 
-def _bind(
-    node: ir.Node, op: str, types: dict[ir.Value, str]
-) -> tuple[dict[str, str], list[str]]:
+def _bind(node: ir.Node, op: str, types: dict[ir.Value, str]) -> tuple[dict[str, str], list[str]]:
     """The type of each type variable of a node, and the variables of its outputs."""
     inputs, outputs = (side.split() for side in _SIGNATURES[op].split("/"))
     bound: dict[str, str] = {}

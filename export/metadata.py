@@ -16,13 +16,21 @@ from pico_edge.train.checkpoint import Checkpoint
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# The oldest onnxruntime whose CPU provider runs our operators: GatherBlockQuantized at 8 bits came
-# with 1.24.
-MIN_ONNXRUNTIME = "1.24"
 
+def write_metadata(
+    model: ir.Model,
+    checkpoint: Checkpoint,
+    *,
+    target: str,
+    precision: str,
+    min_onnxruntime: str,
+    kernels: dict[str, Any],
+    couples_rows: bool,
+) -> None:
+    """Everything but the parity record, which is measured on the file that holds this.
 
-def write_metadata(model: ir.Model, checkpoint: Checkpoint, *, target: str, precision: str) -> None:
-    """Everything but the parity record, which is measured on the file that holds this."""
+    kernels, couples_rows: of `pico_edge.export.targets`.
+    """
     values: dict[str, Any] = {
         artefact.FORMAT_VERSION_KEY: artefact.FORMAT_VERSION,
         artefact.CONFIG_KEY: checkpoint.config.to_dict(),
@@ -32,7 +40,9 @@ def write_metadata(model: ir.Model, checkpoint: Checkpoint, *, target: str, prec
             "target": target,
             "precision": precision,
             "opset": model.opset_imports[""],
-            "min_onnxruntime": MIN_ONNXRUNTIME,
+            "min_onnxruntime": min_onnxruntime,
+            "kernels": kernels,
+            "couples_rows": couples_rows,
         },
         artefact.PROVENANCE_KEY: {
             "iter": checkpoint.iter,

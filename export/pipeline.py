@@ -19,9 +19,22 @@ import onnx_ir as ir
 
 from pico_edge.errors import ArtefactError, PicoEdgeError, UsageError
 from pico_edge.export.metadata import write_metadata, write_parity
-from pico_edge.export.quantize import quantize_int8
-from pico_edge.export.trace import trace
-from pico_edge.export.verify import check_parity, measure_parity, parity_record
+from pico_edge.export.targets import (
+    Target,
+    adapt,
+    couples_rows,
+    kernel_report,
+    precision_of,
+    quantize_for,
+    target_of,
+    trace_for,
+)
+from pico_edge.export.verify import (
+    FP16_TOLERANCE,
+    check_parity,
+    measure_parity,
+    parity_record,
+)
 from pico_edge.publish import check_output, publish
 from pico_edge.runtime.evaluate import Comparison, compare, evaluate
 from pico_edge.runtime.session import Session
@@ -42,6 +55,7 @@ def export(
     out: Path,
     *,
     quantize: bool = False,
+    target: str = "cpu",
     eval_data: Path | None = None,
     max_loss_increase: float = 1.0,
     force: bool = False,
@@ -49,7 +63,7 @@ def export(
 ) -> dict[str, Any]:
     """Write one self-contained model file and return the report of `cli.md`.
 
-    max_loss_increase: percent of held-out loss above fp32 at which no file is written. progress: is
+    target: a name of `targets.TARGETS`. max_loss_increase: percent of held-out loss above fp32 at which no file is written. progress: is
     given a line as each step begins.
     Raises UsageError for arguments, ArtefactError for a refused checkpoint, PicoEdgeError when a
     parity or quality limit is missed. Nothing is written under `out` before all checks have passed.
@@ -58,6 +72,7 @@ def export(
         raise UsageError(
             f"max_loss_increase is {max_loss_increase}: expected a percentage, 0 or more"
         )
+    made_for = target_of(target)
     check_output(out, force=force)
     checkpoint = load_checkpoint(checkpoint_path)
     n_bytes = sum(
@@ -77,7 +92,13 @@ def export(
         )
     with tempfile.TemporaryDirectory(prefix="pico-edge-") as folder:
         graph, report = _checked_graph(
-            checkpoint, ids, Path(folder), quantize, max_loss_increase, progress or _silent
+            checkpoint,
+            ids,
+            Path(folder),
+            made_for,
+            quantize,
+            max_loss_increase,
+            progress or _silent,
         )
         proto = ir.to_proto(graph)
         onnx.checker.check_model(proto, full_check=True)
@@ -90,6 +111,7 @@ def _checked_graph(
     checkpoint: Checkpoint,
     ids: list[int],
     folder: Path,
+    target: Target,
     quantize: bool,
     max_loss_increase: float,
     say: Progress,
@@ -98,23 +120,30 @@ def _checked_graph(
     model = build_model(checkpoint)
     parity_ids = list(itertools.islice(itertools.cycle(ids), model.config.block_size))
     say(f"tracing {model.num_parameters() / 1e6:.1f} M parameters")
-    graph = trace(model)
-    reference = _session(graph, checkpoint, folder, "fp32")
+    graph = trace_for(model, target)
+    fp32 = target_of(target.name if target.portable else "cpu")
+    reference = _session(graph, checkpoint, folder, fp32, "fp32")
     say("checking the graph against PyTorch")
     parity = measure_parity(model, reference, parity_ids)
     check_parity(parity)
-    session = reference
+    precision = precision_of(target, quantize)
     if quantize:
         say("quantizing to int8")
-        quantize_int8(graph)
-        session = _session(graph, checkpoint, folder, "int8")
+        quantize_for(graph, target)
+    adapt(graph, target)
+    kernels = kernel_report(graph, target)
+    coupled = couples_rows(target, quantize)
+    session = _session(graph, checkpoint, folder, target, precision, kernels, coupled)
+    if precision != "fp32":
         parity = measure_parity(model, session, parity_ids)
+    if precision == "fp16":
+        check_parity(parity, relative=FP16_TOLERANCE)
     say(f"measuring the loss on {len(ids)} tokens of held-out text")
-    if quantize:
-        quality = compare(session, reference, ids)
+    if precision == "fp32":
+        same = evaluate(reference, ids)
+        quality = Comparison(same, same, top1_agreement=1.0, kl_divergence=0.0)
     else:
-        fp32 = evaluate(reference, ids)
-        quality = Comparison(fp32, fp32, top1_agreement=1.0, kl_divergence=0.0)
+        quality = compare(session, reference, ids)
     _check_quality(quality, max_loss_increase)
     record = parity_record(session, parity_ids, parity)
     record["bits_per_byte"] = quality.evaluation.bits_per_byte
@@ -138,7 +167,7 @@ def _checked_graph(
         },
         "speed": {
             "fp32_decode_tokens_per_second": _decode_speed(reference, parity_ids)
-            if quantize
+            if precision != "fp32"
             else speed,
             "decode_tokens_per_second": speed,
         },
@@ -149,10 +178,26 @@ def _silent(line: str) -> None:
     pass
 
 
-def _session(graph: ir.Model, checkpoint: Checkpoint, folder: Path, precision: str) -> Session:
+def _session(
+    graph: ir.Model,
+    checkpoint: Checkpoint,
+    folder: Path,
+    target: Target,
+    precision: str,
+    kernels: dict[str, Any] | None = None,
+    coupled: bool = False,
+) -> Session:
     """A session on the graph as it stands, through a file, as every user will load it."""
-    write_metadata(graph, checkpoint, target="cpu", precision=precision)
-    path = folder / f"{precision}.onnx"
+    write_metadata(
+        graph,
+        checkpoint,
+        target=target.name,
+        precision=precision,
+        min_onnxruntime=target.min_onnxruntime,
+        kernels=kernels or {},
+        couples_rows=coupled,
+    )
+    path = folder / f"{target.name}-{precision}.onnx"
     ir.save(graph, path)
     return Session(path, provider="cpu")
 

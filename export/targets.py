@@ -182,7 +182,9 @@ def _give_matmul_zero_points(model: ir.Model) -> None:
                 node.attributes[name].as_int() for name in ("N", "K", "block_size", "bits")
             )
             row = -(-(k // size) * bits // 8)  # bytes
-            points = initializer(graph, f"zero_points.{bits}.{n}.{row}", _zero_points((n, row), bits))
+            points = initializer(
+                graph, f"zero_points.{bits}.{n}.{row}", _zero_points((n, row), bits)
+            )
             node.resize_inputs(4)
             node.replace_input_with(3, points)
 

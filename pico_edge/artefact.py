@@ -33,7 +33,10 @@ FORMAT_VERSION_KEY = KEY_PREFIX + "format_version"
 CONFIG_KEY = KEY_PREFIX + "config"
 TOKENIZER_KEY = KEY_PREFIX + "tokenizer"
 SAMPLING_KEY = KEY_PREFIX + "sampling"
-EXPORT_KEY = KEY_PREFIX + "export"  # {"target", "precision", "opset", "onnxruntime"}: how to run it
+# How to run it: {"target", "precision", "opset", "min_onnxruntime", "kernels", "couples_rows"}.
+# kernels: provider -> {"missing": nodes without a kernel there, "source": where that was read}.
+# couples_rows: whether a token's result depends, beyond rounding, on the tokens beside it.
+EXPORT_KEY = KEY_PREFIX + "export"
 PROVENANCE_KEY = KEY_PREFIX + "provenance"
 PARITY_KEY = KEY_PREFIX + "parity"
 KEYS = (

@@ -257,6 +257,13 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A ckpt.pt made by train.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="File to write.")] = Path("model.onnx"),
     quantize: Annotated[bool, typer.Option("--quantize", help="int8 weights.")] = False,
+    target: Annotated[
+        str,
+        typer.Option(
+            metavar="cpu|cuda|directml|web|portable",
+            help="What the file is made for; portable: standard ONNX operators only.",
+        ),
+    ] = "cpu",
     eval_data: Annotated[
         Path | None,
         typer.Option(
@@ -291,6 +298,7 @@ def export(
             checkpoint,
             out,
             quantize=quantize,
+            target=target,
             eval_data=eval_data,
             max_loss_increase=max_loss_increase,
             force=force,
