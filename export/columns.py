@@ -25,7 +25,7 @@ COUPLES_ROWS = True
 
 
 def quantize_columns(model: ir.Model, *, standard: bool) -> None:
-    """Replace every matrix of a traced graph by an int8 one, in place; the token table is kept once.
+    """Replace every matrix of a traced graph by an int8 one, in place; one token table stays.
 
     standard: operators of ONNX only. Raises ValueError for a graph that
     `pico_edge.export.trace` did not make.

@@ -63,8 +63,8 @@ def export(
 ) -> dict[str, Any]:
     """Write one self-contained model file and return the report of `cli.md`.
 
-    target: a name of `targets.TARGETS`. max_loss_increase: percent of held-out loss above fp32 at which no file is written. progress: is
-    given a line as each step begins.
+    target: a name of `targets.TARGETS`. max_loss_increase: percent of held-out loss above fp32 at
+    which no file is written. progress: is given a line as each step begins.
     Raises UsageError for arguments, ArtefactError for a refused checkpoint, PicoEdgeError when a
     parity or quality limit is missed. Nothing is written under `out` before all checks have passed.
     """

@@ -66,8 +66,8 @@ class _PortableGPT(nn.Module):
             a = torch.softmax(scores, dim=-1) @ value
             x = x + block.attn.c_proj(a.transpose(1, 2).reshape(B, S, config.n_embd))
             x = x + block.mlp.c_proj(_gelu(block.mlp.c_fc(block.ln_2(x)), config.gelu))
-        # On 2-D rows torch writes Gemm(transB=1) on the one table; a Transpose of it would be folded
-        # into a second one.
+        # On 2-D rows torch writes Gemm(transB=1) on the one table; a Transpose of it would be
+        # folded into a second one.
         logits = self.model.lm_head(parts.ln_f(x).reshape(-1, config.n_embd))
         return logits.reshape(B, S, config.vocab_size), present
 

@@ -19,6 +19,7 @@ from pico_edge.errors import ArtefactError, PicoEdgeError, UsageError
 from pico_edge.export import pipeline
 from pico_edge.export.pipeline import export
 from pico_edge.export.report import table
+from pico_edge.export.targets import Target
 from pico_edge.export.verify import Parity, check_parity
 from pico_edge.runtime import Model
 from pico_edge.runtime.preflight import read_model_file
@@ -142,16 +143,16 @@ def test_a_graph_that_is_not_the_model_is_refused(
     make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The traced weights differ from the checkpoint's by one number."""
-    traced = pipeline.trace
+    traced = pipeline.trace_for
 
-    def wrong(model: GPT) -> ir.Model:
+    def wrong(model: GPT, target: Target) -> ir.Model:
         other = copy.deepcopy(model)
         with torch.no_grad():
             other.transformer.ln_f.weight[0] += 0.01
-        return traced(other)
+        return traced(other, target)
 
     checkpoint = make_checkpoint(SMALL)
-    monkeypatch.setattr(pipeline, "trace", wrong)
+    monkeypatch.setattr(pipeline, "trace_for", wrong)
     with pytest.raises(PicoEdgeError, match="differs from PyTorch") as error:
         export(checkpoint, tmp_path / "m.onnx")
     assert error.value.exit_code == 1
