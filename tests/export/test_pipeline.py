@@ -168,17 +168,17 @@ def test_nan_is_not_within_the_tolerance() -> None:
 def test_a_loss_increase_beyond_the_limit_writes_nothing(
     make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quantize = pipeline.quantize_int8
+    quantize = pipeline.quantize_for
 
-    def ruin(model: ir.Model) -> None:
-        quantize(model)
+    def ruin(model: ir.Model, target: Target) -> None:
+        quantize(model, target)
         for name, value in model.graph.initializers.items():
             if name.endswith("c_fc.weight.scales"):
                 assert value.const_value is not None
                 value.const_value = ir.tensor(9 * value.const_value.numpy(), name=name)
 
     checkpoint = make_checkpoint(SMALL)
-    monkeypatch.setattr(pipeline, "quantize_int8", ruin)
+    monkeypatch.setattr(pipeline, "quantize_for", ruin)
     with pytest.raises(PicoEdgeError, match=r"loss rises by .* % .*--max-loss-increase") as error:
         export(checkpoint, tmp_path / "m.onnx", quantize=True, max_loss_increase=0.5)
     assert error.value.exit_code == 1
