@@ -21,7 +21,10 @@ TINY = Path(__file__).parents[1] / "data" / "tiny.onnx"
 COMMAND = [sys.executable, "-c", "from pico_edge.cli import main; main()"]
 # Every command and its flags: growth is a decision.
 FLAGS = {
-    "export": "--bits --debug --eval-data --force --json --max-loss-increase --out --quantize --quiet",
+    "export": (
+        "--bits --debug --eval-data --force --json --max-loss-increase --out --quantize --quiet "
+        "--target"
+    ),
     "generate": (
         "--allow-foreign --allow-special --context-overflow --debug --frequency-penalty --json "
         "--max-new-tokens --min-p --num-samples --presence-penalty --provider --quiet "
