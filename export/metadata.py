@@ -12,24 +12,29 @@ from typing import TYPE_CHECKING, Any
 
 from pico_edge import __version__, artefact
 from pico_edge.export.quantize import Plan
+from pico_edge.export.targets import Target, precision_of, rows_are_independent
 from pico_edge.train.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# The oldest onnxruntime whose CPU provider runs our operators: GatherBlockQuantized at 8 bits came
-# with 1.24.
-MIN_ONNXRUNTIME = "1.24"
 # Of the int8 cache in GroupQueryAttention: 1.24.4 refuses the graph, 1.26.0 fails to run it.
 MIN_ONNXRUNTIME_INT8_CACHE = "1.28"
 
 
 def write_metadata(
-    model: ir.Model, checkpoint: Checkpoint, *, target: str, plan: Plan | None = None
+    model: ir.Model,
+    checkpoint: Checkpoint,
+    *,
+    target: Target,
+    bits: int | None,
+    plan: Plan | None,
+    kernels: dict[str, Any],
 ) -> None:
     """Everything but the parity record, which is measured on the file that holds this.
 
-    plan: what `quantize_graph` did; None for fp32.
+    bits: of quantized weights, or None. plan: what `quantize_graph` did, or None. kernels: of
+    `pico_edge.export.targets.kernel_report`.
     """
     values: dict[str, Any] = {
         artefact.FORMAT_VERSION_KEY: artefact.FORMAT_VERSION,
@@ -37,10 +42,11 @@ def write_metadata(
         artefact.TOKENIZER_KEY: checkpoint.tokenizer.to_dict(),
         artefact.SAMPLING_KEY: artefact.SAMPLING_DEFAULTS,
         artefact.EXPORT_KEY: {
-            "target": target,
-            "precision": "fp32" if plan is None else plan.precision,
+            "target": target.name,
+            "precision": precision_of(target, bits),
             "opset": model.opset_imports[""],
-            **_forms(plan),
+            "kernels": kernels,
+            **_forms(model, target, bits, plan),
         },
         artefact.PROVENANCE_KEY: {
             "iter": checkpoint.iter,
@@ -58,35 +64,48 @@ def write_metadata(
         model.metadata_props[key] = dumps(value)
 
 
-def _forms(plan: Plan | None) -> dict[str, Any]:
+def _forms(model: ir.Model, target: Target, bits: int | None, plan: Plan | None) -> dict[str, Any]:
     """How weights, activations and cache are stored, and what follows from it for the user."""
-    if plan is None:
-        return {
-            "weights": {"float32": "all"},
-            "cache": "float32",
-            "rows_are_independent": True,
-            "across_cpus": "equal up to float rounding",
-            "min_onnxruntime": MIN_ONNXRUNTIME,
-        }
     layers: dict[str, list[str]] = {}
-    for name, form in plan.forms.items():
+    for name, form in ({} if plan is None else plan.forms).items():
         layers.setdefault(form, []).append(name)
-    cached = plan.cache == "int8"
-    # Read by people and by other runtimes; ours always sets it (runtime/session.py).
-    needs = {"session.x64quantprecision": "1"} if "rows" in plan.forms.values() else {}
+    weights = {form: _summary(names, plan) for form, names in layers.items() if plan is not None}
+    if plan is None:
+        floats = "float16" if target.half else "float32"
+        weights = {floats if bits is None else target.weights: "all"}
+    past = artefact.past_names(1)[0]
+    (cache,) = (
+        str(value.dtype.numpy())
+        for value in model.graph.inputs
+        if value.name == past and value.dtype is not None
+    )
+    releases = [target.min_onnxruntime]
+    if cache == "int8":
+        releases.append(MIN_ONNXRUNTIME_INT8_CACHE)
     return {
-        "weights": {form: _summary(names, plan) for form, names in layers.items()},
-        "cache": plan.cache,
-        # Every activation has a scale of its own row, so a text does not depend on the rows beside
-        # it; nor on the calls it came in, but that float rounding in another kernel may move an
-        # activation by one of its steps.
-        "rows_are_independent": True,
+        "weights": weights,
+        "cache": cache,
+        # Where True, every activation has a scale of its own row, so a text does not depend on the
+        # rows beside it; nor on the calls it came in, but that float rounding in another kernel may
+        # move an activation by one of its steps.
+        "rows_are_independent": rows_are_independent(target, bits is not None),
         # Measured, AVX2 against VNNI: 0.07 of logits of 10 with int8, one of three greedy texts of
         # 150 tokens parted; equal to 3e-6 with rows.
-        "across_cpus": "equal up to a step of an activation: greedy text may part at near ties",
-        "session_config_without_vnni": needs,
-        "min_onnxruntime": MIN_ONNXRUNTIME_INT8_CACHE if cached else MIN_ONNXRUNTIME,
+        "across_cpus": (
+            "equal up to float rounding"
+            if bits is None
+            else "equal up to a step of an activation: greedy text may part at near ties"
+        ),
+        # Read by people and by other runtimes; ours always sets it (runtime/session.py).
+        "session_config_without_vnni": (
+            {"session.x64quantprecision": "1"} if "rows" in layers else {}
+        ),
+        "min_onnxruntime": max(releases, key=_release),
     }
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
 
 
 def _summary(names: list[str], plan: Plan) -> str:

@@ -22,10 +22,25 @@ import onnx_ir as ir
 from pico_edge.errors import ArtefactError, PicoEdgeError, UsageError
 from pico_edge.export.calibrate import Statistics, calibrate, split_ids
 from pico_edge.export.metadata import write_metadata, write_parity
-from pico_edge.export.quantize import Plan, choose_plan, quantize_graph
+from pico_edge.export.quantize import Plan
 from pico_edge.export.smooth import smooth
-from pico_edge.export.trace import trace
-from pico_edge.export.verify import check_parity, measure_parity, parity_record
+from pico_edge.export.targets import (
+    Target,
+    adapt,
+    check_bits,
+    kernel_report,
+    plan_for,
+    precision_of,
+    quantize_for,
+    target_of,
+    trace_for,
+)
+from pico_edge.export.verify import (
+    FP16_TOLERANCE,
+    check_parity,
+    measure_parity,
+    parity_record,
+)
 from pico_edge.publish import check_output, publish
 from pico_edge.runtime.evaluate import Comparison, compare, evaluate
 from pico_edge.runtime.session import Session
@@ -52,6 +67,7 @@ def export(
     *,
     quantize: bool = False,
     bits: int | None = None,
+    target: str = "cpu",
     eval_data: Path | None = None,
     max_loss_increase: float = 1.0,
     force: bool = False,
@@ -59,11 +75,12 @@ def export(
 ) -> dict[str, Any]:
     """Write one self-contained model file and return the report of `cli.md`.
 
-    bits: of the weights, 8 or 4, which imply quantize; 8 where only quantize is given. eval_data:
-    the text to measure on, by default the held-out sample of the checkpoint but for its first
-    quarter. That quarter, or the whole sample where there is eval_data, is what quantization
-    calibrates on, so that no text is both. max_loss_increase: percent of held-out loss above fp32
-    at which no file is written. progress: is given a line as each step begins.
+    bits: of the weights, 8 or 4, which imply quantize; 8 where only quantize is given. target: a
+    name of `targets.TARGETS`; 4 bits are for "cpu". eval_data: the text to measure on, by default
+    the held-out sample of the checkpoint but for its first quarter. That quarter, or the whole
+    sample where there is eval_data, is what quantization calibrates on, so that no text is both.
+    max_loss_increase: percent of held-out loss above fp32 at which no file is written. progress: is
+    given a line as each step begins.
     Raises UsageError for arguments, ArtefactError for a refused checkpoint, PicoEdgeError when a
     parity or quality limit is missed. Nothing is written under `out` before all checks have passed.
     """
@@ -71,10 +88,10 @@ def export(
         raise UsageError(
             f"max_loss_increase is {max_loss_increase}: expected a percentage, 0 or more"
         )
-    if bits not in (None, 8, 4):
-        raise UsageError(f"bits is {bits}: expected 8 or 4")
     if quantize and bits is None:
         bits = 8
+    made_for = target_of(target)
+    check_bits(made_for, bits)
     check_output(out, force=force)
     checkpoint = load_checkpoint(checkpoint_path)
     n_bytes = sum(
@@ -95,6 +112,7 @@ def export(
             calibration_ids,
             ids,
             Path(folder),
+            made_for,
             bits,
             max_loss_increase,
             progress or _silent,
@@ -112,46 +130,53 @@ def _checked_graph(
     calibration_ids: Sequence[int],
     ids: Sequence[int],
     folder: Path,
+    target: Target,
     bits: int | None,
     max_loss_increase: float,
     say: Progress,
 ) -> tuple[ir.Model, dict[str, Any]]:
     """The graph that is worth publishing, with its metadata, and the figures of the report."""
     parity_ids = list(itertools.islice(itertools.cycle(ids), model.config.block_size))
-    traced, plan = model, None
+    plan = plan_for(model.config, target, bits)
+    traced = model
     seen: Statistics | None = None
     calibrated = 0
-    if bits is not None:
+    if plan is not None and target.weights == "plan":
         say(f"calibrating on {len(calibration_ids)} tokens of held-out text")
-        plan = choose_plan(model.config, bits)
         traced = copy.deepcopy(model)  # the first stays what all is held to
         smooth(traced, calibrate(traced, calibration_ids))
         feedback = len(calibration_ids) >= FEEDBACK_TOKENS
         seen = calibrate(traced, calibration_ids, moments=feedback)
         calibrated = seen.tokens
     say(f"tracing {model.num_parameters() / 1e6:.1f} M parameters")
-    graph = trace(traced)
+    graph = trace_for(traced, target)
     del traced
-    reference = _session(graph, checkpoint, folder, None)
+    fp32 = target if target.portable else target_of("cpu")
+    reference = _session(graph, checkpoint, folder, fp32)
     say("checking the graph against PyTorch")
     parity = measure_parity(model, reference, parity_ids)
     check_parity(parity)
-    session = reference
-    if plan is not None:
-        path = reference.path
-        del reference, session  # what the kernels keep beside the weights: 1 GB at 12 x 768
-        say(f"quantizing to {plan.precision}")
-        quantize_graph(graph, plan, seen)
+    path = reference.path
+    del reference  # what the kernels keep beside the weights: 1 GB at 12 x 768
+    precision = precision_of(target, bits)
+    if bits is not None:
+        say(f"quantizing to {precision}")
+        quantize_for(graph, target, plan, seen)
         seen = None
-        session = _session(graph, checkpoint, folder, plan)
+    adapt(graph, target)
+    session = _session(graph, checkpoint, folder, target, bits, plan)
+    reference = session
+    if precision != "fp32":
         parity = measure_parity(model, session, parity_ids)
         reference = Session(path, provider="cpu")
+    if precision == "fp16":
+        check_parity(parity, relative=FP16_TOLERANCE)
     say(f"measuring the loss on {len(ids)} tokens of held-out text")
-    if plan is not None:
-        quality = compare(session, reference, ids)
+    if precision == "fp32":
+        same = evaluate(session, ids)
+        quality = Comparison(same, same, top1_agreement=1.0, kl_divergence=0.0)
     else:
-        fp32 = evaluate(reference, ids)
-        quality = Comparison(fp32, fp32, top1_agreement=1.0, kl_divergence=0.0)
+        quality = compare(session, reference, ids)
     _check_quality(quality, max_loss_increase)
     record = parity_record(session, parity_ids, ids, parity)
     record["bits_per_byte"] = quality.evaluation.bits_per_byte
@@ -204,10 +229,18 @@ def _texts(
     return calibration_ids, ids
 
 
-def _session(graph: ir.Model, checkpoint: Checkpoint, folder: Path, plan: Plan | None) -> Session:
+def _session(
+    graph: ir.Model,
+    checkpoint: Checkpoint,
+    folder: Path,
+    target: Target,
+    bits: int | None = None,
+    plan: Plan | None = None,
+) -> Session:
     """A session on the graph as it stands, through a file, as every user will load it."""
-    write_metadata(graph, checkpoint, target="cpu", plan=plan)
-    path = folder / ("fp32.onnx" if plan is None else f"{plan.precision}.onnx")
+    kernels = kernel_report(graph, target)
+    write_metadata(graph, checkpoint, target=target, bits=bits, plan=plan, kernels=kernels)
+    path = folder / f"{target.name}-{precision_of(target, bits)}.onnx"
     ir.save(graph, path)
     return Session(path, provider="cpu")
 

@@ -105,7 +105,7 @@ def quantize_graph(model: ir.Model, plan: Plan, statistics: Statistics | None = 
     for i, node in enumerate(matrices):
         name = f"transformer.h.{i // len(MATRICES)}.{MATRICES[i % len(MATRICES)]}"
         moments = None if statistics is None else statistics.inputs[name].moments
-        weight = torch.from_numpy(_matrix(node).T)
+        weight = torch.from_numpy(np.require(_matrix(node).T, requirements="W"))
         if plan.forms[name] == "rows":
             _replace_by_rows(graph, node, weight, moments, after_gelu=name.endswith("mlp.c_proj"))
         else:
@@ -113,7 +113,7 @@ def quantize_graph(model: ir.Model, plan: Plan, statistics: Statistics | None = 
             limit = BLOCK_SIZES[0] if bits == 8 else plan.int4_block
             _replace_by_blocks(graph, node, weight, bits, moments, limit)
     # No feedback into the table: what helps the head would hurt the embedding.
-    head = torch.from_numpy(_array(table))
+    head = torch.from_numpy(np.require(_array(table), requirements="W"))
     blocks, scales = _replace_by_blocks(graph, _head(graph), head, 8, None)
     _replace_gather(graph, embedding, blocks, scales)
     if plan.cache == "int8":

@@ -25,11 +25,12 @@ from pico_edge.train.model import GPT, Block
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# 20 is the newest opset every provider of onnxruntime knows (DirectML stops there).
-OPSET_VERSION = 20
-# 10 is what opset 20 needs at least; older runtimes refuse a newer one ("Unsupported model IR
+# 18 is the lowest that torch writes; DirectML stops at 20. At 18 the erf form of GELU is five
+# nodes, which onnxruntime fuses again.
+OPSET_VERSION = 18
+# 8 is what opset 18 needs at least; older runtimes refuse a newer one ("Unsupported model IR
 # version").
-IR_VERSION = 10
+IR_VERSION = 8
 
 
 def _group_query_attention(
@@ -145,7 +146,7 @@ def trace(model: GPT) -> ir.Model:
         torch.export.Dim(name) for name in ("batch", "seq", "kv_capacity", "n_out")
     )
     cache_axes = {0: batch, 2: capacity}
-    with warnings.catch_warnings(), _quiet_exporter():
+    with warnings.catch_warnings(), quiet_exporter():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             _TracedGPT(model).eval(),
@@ -168,15 +169,19 @@ def trace(model: GPT) -> ir.Model:
         )
     if program is None:
         raise AssertionError("torch.onnx.export(dynamo=True) returns a program")
-    traced = program.model
-    traced.ir_version = IR_VERSION
+    return finish_trace(program.model, config.n_layer, IR_VERSION)
+
+
+def finish_trace(traced: ir.Model, n_layer: int, ir_version: int) -> ir.Model:
+    """Bring what torch traced into the form that is published, in place."""
+    traced.ir_version = ir_version
     _strip(traced)
-    _name_weights(traced, config.n_layer)
+    _name_weights(traced, n_layer)
     return traced
 
 
 @contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """torch.onnx logs and prints its steps; a user of export has no use for them."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
@@ -209,14 +214,19 @@ def _name_weights(traced: ir.Model, n_layer: int) -> None:
     """Give initializers the names of the checkpoint: transposed matrices come as val_N."""
     graph = traced.graph
     parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-    matrices = [node for node in graph if node.op_type == "MatMul"]
+    matrices = [node for node in graph if node.op_type == "MatMul" and _has_weight(node)]
     assert len(matrices) == n_layer * len(parts), "one MatMul per linear layer"
     for i, node in enumerate(matrices):
         weight = node.inputs[1]
-        assert weight is not None and weight.is_initializer()
+        assert weight is not None
         if weight.name is not None and weight.name.startswith("val_"):
             weight.name = f"transformer.h.{i // len(parts)}.{parts[i % len(parts)]}.weight"
     for value in list(graph.initializers.values()):
         if value.name is not None and value.name.startswith("model."):
             value.name = value.name.removeprefix("model.")
     graph.initializers["lm_head.weight"].name = "transformer.wte.weight"  # tied: one table
+
+
+def _has_weight(node: ir.Node) -> bool:
+    weight = node.inputs[1]
+    return weight is not None and weight.is_initializer()

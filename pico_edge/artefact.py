@@ -15,6 +15,11 @@ S new tokens, N rows of logits wanted, H n_head, K capacity of the cache, D head
 | `past_key_values.{i}.value` | cache type (B, H, K, D) | and as `present.{i}.value`              |
 
 Outputs: `logits` (N, V) and `present.{i}.key`, `present.{i}.value` (B, H, K, D).
+
+A file for the target `portable` has the inputs and outputs of Hugging Face's exports instead, P
+tokens cached before the call: `input_ids` (B, S), `attention_mask` (B, P + S), `position_ids`
+(B, S), all int64, and `past_key_values.{i}.*` (B, H, P, D), which may be empty; `logits` (B, S, V)
+and `present.{i}.*` (B, H, P + S, D).
 """
 
 from __future__ import annotations
@@ -28,7 +33,10 @@ FORMAT_VERSION_KEY = KEY_PREFIX + "format_version"
 CONFIG_KEY = KEY_PREFIX + "config"
 TOKENIZER_KEY = KEY_PREFIX + "tokenizer"
 SAMPLING_KEY = KEY_PREFIX + "sampling"
-# {"target", "precision", "opset", "weights", "cache", "rows_are_independent", ...}
+# How to run it: {"target", "precision", "opset", "weights", "cache", "rows_are_independent",
+# "across_cpus", "session_config_without_vnni", "min_onnxruntime", "kernels"}.
+# rows_are_independent: whether a text depends, beyond rounding, on no row or call beside it.
+# kernels: provider -> {"missing": nodes without a kernel there, "source": where that was read}.
 EXPORT_KEY = KEY_PREFIX + "export"
 PROVENANCE_KEY = KEY_PREFIX + "provenance"
 PARITY_KEY = KEY_PREFIX + "parity"
@@ -46,14 +54,23 @@ NGRAMS_KEY = KEY_PREFIX + "ngrams"
 OPTIONAL_KEYS = (NGRAMS_KEY,)
 MAX_METADATA_BYTES = 16 << 20  # per value
 
-# Which execution provider a file of each target is made for.
-TARGET_PROVIDERS = {"cpu": "cpu", "cuda": "cuda", "directml": "directml"}
+# Which execution provider of onnxruntime a file of each target is made for. `web` is made for
+# onnxruntime's build for browsers, and `portable` for any runtime: here the CPU runs them.
+TARGET_PROVIDERS = {
+    "cpu": "cpu",
+    "cuda": "cuda",
+    "directml": "directml",
+    "web": "cpu",
+    "portable": "cpu",
+}
+PORTABLE = "portable"
 
 INPUT_IDS = "input_ids"
 POSITION_IDS = "position_ids"
 SEQLENS_K = "seqlens_k"
 TOTAL_SEQ_LEN = "total_seq_len"
 OUT_INDEX = "out_index"
+ATTENTION_MASK = "attention_mask"
 LOGITS = "logits"
 
 
@@ -77,6 +94,11 @@ def input_names(n_layer: int) -> list[str]:
         OUT_INDEX,
         *past_names(n_layer),
     ]
+
+
+def portable_input_names(n_layer: int) -> list[str]:
+    """Every input of a graph for the target `portable`, in graph order."""
+    return [INPUT_IDS, ATTENTION_MASK, POSITION_IDS, *past_names(n_layer)]
 
 
 def output_names(n_layer: int) -> list[str]:

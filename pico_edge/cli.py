@@ -296,6 +296,13 @@ def export(
         int | None,
         typer.Option(metavar="8|4", help="Of the weights; implies --quantize.", show_default="8"),
     ] = None,
+    target: Annotated[
+        str,
+        typer.Option(
+            metavar="cpu|cuda|directml|web|portable",
+            help="What the file is made for; portable: standard ONNX operators only.",
+        ),
+    ] = "cpu",
     eval_data: Annotated[
         Path | None,
         typer.Option(
@@ -331,6 +338,7 @@ def export(
             out,
             quantize=quantize,
             bits=bits,
+            target=target,
             eval_data=eval_data,
             max_loss_increase=max_loss_increase,
             force=force,

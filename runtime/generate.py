@@ -21,6 +21,7 @@ import numpy as np
 from pico_edge.config import GPTConfig
 from pico_edge.errors import ArtefactError, UsageError
 from pico_edge.runtime.philox import uniforms
+from pico_edge.runtime.portable import PortableCache
 from pico_edge.runtime.sampling import (
     ContextOverflow,
     Logits,
@@ -272,7 +273,7 @@ def _run(
             logits, rows = after, list(after[:, :n_vocab])
 
 
-def _slide(cache: Cache, row: int, ids: list[int], keep: int) -> None:
+def _slide(cache: Cache | PortableCache, row: int, ids: list[int], keep: int) -> None:
     """Refill a row so that it holds `keep` tokens once the last of the ids is decoded."""
     cache.truncate(row, 0)
     if keep > 1:

@@ -431,7 +431,8 @@ class _Walk:
             raise _WireError("no graph")
         inputs, outputs, initializers = self.graph(*graph, 0)
         if config is not None:
-            self.check_contract(config, inputs, outputs)
+            portable = metadata[artefact.EXPORT_KEY].get("target") == artefact.PORTABLE
+            self.check_contract(config, inputs, outputs, portable)
         return ModelFile(
             path=self.path,
             size=len(self.data),
@@ -798,13 +799,35 @@ class _Walk:
     # What the session binds.
 
     def check_contract(
-        self, config: GPTConfig, inputs: list[ValueInfo], outputs: list[ValueInfo]
+        self,
+        config: GPTConfig,
+        inputs: list[ValueInfo],
+        outputs: list[ValueInfo],
+        portable: bool,
     ) -> None:
         """The inputs and outputs are those of `artefact` for this config."""
         n_layer = config.n_layer
-        if len(inputs) != 5 + 2 * n_layer or len(outputs) != 1 + 2 * n_layer:
+        tokens = _Expected(("int64",), ("B", "S"))
+        if portable:
+            first = {
+                artefact.INPUT_IDS: tokens,
+                artefact.ATTENTION_MASK: _Expected(("int64",), ("B", "T")),
+                artefact.POSITION_IDS: tokens,
+            }
+            logits_shape: tuple[int | str, ...] = ("B", "S", config.vocab_size)
+        else:
+            first = {
+                artefact.INPUT_IDS: tokens,
+                artefact.POSITION_IDS: tokens,
+                artefact.SEQLENS_K: _Expected(("int32",), ("B",)),
+                artefact.TOTAL_SEQ_LEN: _Expected(("int32",), ()),
+                artefact.OUT_INDEX: _Expected(("int64",), ("N",)),
+            }
+            logits_shape = ("N", config.vocab_size)
+        n_inputs = len(first) + 2 * n_layer
+        if len(inputs) != n_inputs or len(outputs) != 1 + 2 * n_layer:
             self.refuse(
-                f"{len(inputs)} inputs and {len(outputs)} outputs: expected {5 + 2 * n_layer} "
+                f"{len(inputs)} inputs and {len(outputs)} outputs: expected {n_inputs} "
                 f"and {1 + 2 * n_layer} for the {n_layer} layers in its metadata: {AGAIN}"
             )
         pasts, presents = artefact.past_names(n_layer), artefact.present_names(n_layer)
@@ -817,19 +840,12 @@ class _Walk:
         cache = _Expected(cache_types, cache_shape)
         differences = _differences(
             "input",
-            {
-                artefact.INPUT_IDS: _Expected(("int64",), ("B", "S")),
-                artefact.POSITION_IDS: _Expected(("int64",), ("B", "S")),
-                artefact.SEQLENS_K: _Expected(("int32",), ("B",)),
-                artefact.TOTAL_SEQ_LEN: _Expected(("int32",), ()),
-                artefact.OUT_INDEX: _Expected(("int64",), ("N",)),
-                **dict.fromkeys(pasts, cache),
-            },
+            {**first, **dict.fromkeys(pasts, cache)},
             inputs,
         ) + _differences(
             "output",
             {
-                artefact.LOGITS: _Expected(LOGITS_TYPES, ("N", config.vocab_size)),
+                artefact.LOGITS: _Expected(LOGITS_TYPES, logits_shape),
                 **dict.fromkeys(presents, cache),
             },
             outputs,

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from pico_edge import artefact
 from pico_edge.config import GPTConfig
 from pico_edge.errors import ArtefactError, PicoEdgeError, UsageError
+from pico_edge.runtime.portable import PortableCache
 from pico_edge.runtime.preflight import check_unchanged, read_model_file
 from pico_edge.tokenizer import Tokenizer, tokenizer_from_dict
 
@@ -138,9 +139,14 @@ class Session:
             raise ArtefactError(f"{self.path}: {name} is {found}: expected {', '.join(DTYPES)}")
         return np.dtype(DTYPES[found])
 
-    def new_cache(self, batch: int = 1, capacity: int | None = None) -> Cache:
+    def new_cache(self, batch: int = 1, capacity: int | None = None) -> Cache | PortableCache:
         """An empty cache of `batch` rows of up to `capacity` tokens each, block_size by default."""
-        return Cache(self, batch, self.config.block_size if capacity is None else capacity)
+        config = self.config
+        capacity = config.block_size if capacity is None else capacity
+        if self.export.get("target") == artefact.PORTABLE:
+            run = functools.partial(self.ort.run, None)
+            return PortableCache(run, config, batch, capacity, self.cache_dtype)
+        return Cache(self, batch, capacity)
 
 
 class Cache:
@@ -409,8 +415,8 @@ def choose_provider(
         )
     if wanted not in ("cpu", made_for):
         problems.append(
-            f"{file} is made for {made_for}, not {wanted}: "
-            f"run it with --provider {made_for}, or without --provider"
+            f"{file} is made for {target}, which {wanted} cannot run: "
+            f"pico-edge export ckpt.pt --target {wanted}, or run it without --provider"
         )
     if problems:
         raise PicoEdgeError("; ".join(problems))

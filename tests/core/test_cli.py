@@ -22,7 +22,8 @@ COMMAND = [sys.executable, "-c", "from pico_edge.cli import main; main()"]
 # Every command and its flags: growth is a decision.
 FLAGS = {
     "export": (
-        "--bits --debug --eval-data --force --json --max-loss-increase --out --quantize --quiet"
+        "--bits --debug --eval-data --force --json --max-loss-increase --out --quantize --quiet "
+        "--target"
     ),
     "generate": (
         "--allow-foreign --allow-special --context-overflow --debug --frequency-penalty --json "

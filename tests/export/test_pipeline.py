@@ -16,9 +16,10 @@ import torch
 from pico_edge import artefact
 from pico_edge.config import GPTConfig
 from pico_edge.errors import ArtefactError, PicoEdgeError, UsageError
-from pico_edge.export import pipeline
+from pico_edge.export import kernels, pipeline
 from pico_edge.export.pipeline import export
 from pico_edge.export.report import table
+from pico_edge.export.targets import Target
 from pico_edge.export.verify import SAMPLE_TOKENS, Parity, check_parity
 from pico_edge.runtime import Model
 from pico_edge.runtime.evaluate import evaluate
@@ -80,10 +81,10 @@ def test_the_file_is_self_contained_and_tells_nothing_of_this_machine(
     onnx.checker.check_model(model, full_check=True)
     assert all(tensor.data_location == 0 for tensor in model.graph.initializer)
     assert {entry.domain: entry.version for entry in model.opset_import} == {
-        "": 20,
+        "": 18,
         "com.microsoft": 1,
     }
-    assert model.ir_version == 10
+    assert model.ir_version == 8
     assert {prop.key for prop in model.metadata_props} == set(artefact.KEYS)
 
 
@@ -147,16 +148,16 @@ def test_a_graph_that_is_not_the_model_is_refused(
     make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The traced weights differ from the checkpoint's by one number."""
-    traced = pipeline.trace
+    traced = pipeline.trace_for
 
-    def wrong(model: GPT) -> ir.Model:
+    def wrong(model: GPT, target: Target) -> ir.Model:
         other = copy.deepcopy(model)
         with torch.no_grad():
             other.transformer.ln_f.weight[0] += 0.01
-        return traced(other)
+        return traced(other, target)
 
     checkpoint = make_checkpoint(SMALL)
-    monkeypatch.setattr(pipeline, "trace", wrong)
+    monkeypatch.setattr(pipeline, "trace_for", wrong)
     with pytest.raises(PicoEdgeError, match="differs from PyTorch") as error:
         export(checkpoint, tmp_path / "m.onnx")
     assert error.value.exit_code == 1
@@ -172,7 +173,7 @@ def test_nan_is_not_within_the_tolerance() -> None:
 def test_a_loss_increase_beyond_the_limit_writes_nothing(
     make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quantize = pipeline.quantize_graph
+    quantize = pipeline.quantize_for
 
     def ruin(model: ir.Model, *args: Any) -> None:
         quantize(model, *args)
@@ -182,7 +183,7 @@ def test_a_loss_increase_beyond_the_limit_writes_nothing(
                 value.const_value = ir.tensor(9 * value.const_value.numpy(), name=name)
 
     checkpoint = make_checkpoint(SMALL)
-    monkeypatch.setattr(pipeline, "quantize_graph", ruin)
+    monkeypatch.setattr(pipeline, "quantize_for", ruin)
     with pytest.raises(PicoEdgeError, match=r"loss rises by .* % .*--max-loss-increase") as error:
         export(checkpoint, tmp_path / "m.onnx", quantize=True, max_loss_increase=0.5)
     assert error.value.exit_code == 1
@@ -242,9 +243,11 @@ def test_the_file_says_how_it_is_stored(
     assert said["cache"] == "int8"
     assert said["rows_are_independent"] is True
     assert said["session_config_without_vnni"] == {}
+    assert said["min_onnxruntime"] == "1.28"  # of the int8 cache
     said = read_model_file(Path(wide_report["file"])).metadata[artefact.EXPORT_KEY]
     assert said["weights"] == {"rows": "layers", "int8": "table"}
     assert said["session_config_without_vnni"] == {"session.x64quantprecision": "1"}
+    assert said["kernels"] == {"cpu": {"missing": [], "source": kernels.SOURCES["cpu"]}}
 
 
 @pytest.mark.parametrize("report", ["fp32_report", "int8_report", "wide_report", "int4_report"])
