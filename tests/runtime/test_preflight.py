@@ -226,6 +226,49 @@ def test_the_committed_model_is_described_as_onnx_sees_it():
     assert found.opsets == {one.domain: one.version for one in expected.opset_import}
 
 
+def portable_contract() -> tuple[Values, Values]:
+    """The inputs and outputs of CONFIG's graph for the target portable."""
+    cache = (FLOAT, ("batch", CONFIG.n_head, "past_seq", CONFIG.head_dim))
+    inputs: Values = {
+        "input_ids": (INT64, ("batch", "seq")),
+        "attention_mask": (INT64, ("batch", "total_seq")),
+        "position_ids": (INT64, ("batch", "seq")),
+        **dict.fromkeys(artefact.past_names(CONFIG.n_layer), cache),
+    }
+    outputs: Values = {
+        "logits": (FLOAT, ("batch", "seq", CONFIG.vocab_size)),
+        **dict.fromkeys(artefact.present_names(CONFIG.n_layer), cache),
+    }
+    return inputs, outputs
+
+
+PORTABLE = {"target": "portable"}
+
+
+def test_a_portable_file_is_accepted(tmp_path):
+    inputs, outputs = portable_contract()
+    assert list(inputs) == artefact.portable_input_names(CONFIG.n_layer)
+    entries = metadata(export=PORTABLE)
+    found = accept(
+        tmp_path, model(entries=entries, inputs=inputs, outputs=outputs, opsets=(("", 18),))
+    )
+    assert found.metadata[artefact.EXPORT_KEY] == PORTABLE
+    assert found.inputs[1] == ValueInfo("attention_mask", "int64", ("batch", "total_seq"))
+
+
+def test_each_target_is_held_to_its_own_contract(refusal):
+    inputs, outputs = portable_contract()
+    message = refusal(model(inputs=inputs, outputs=outputs))  # says cpu
+    assert "5 inputs and 3 outputs: expected 7 and 3" in message
+    message = refusal(model(entries=metadata(export=PORTABLE)))
+    assert "7 inputs and 3 outputs: expected 5 and 3" in message
+    outputs["logits"] = (FLOAT, ("batch", CONFIG.vocab_size))
+    inputs["attention_mask"] = (FLOAT, ("batch", "total_seq"))
+    message = refusal(model(entries=metadata(export=PORTABLE), inputs=inputs, outputs=outputs))
+    assert "input attention_mask expected int64 (B, T), found float32 (batch, total_seq)" in message
+    assert f"output logits expected float32 or float16 (B, S, {CONFIG.vocab_size})" in message
+
+
 @pytest.mark.parametrize("elem_type, name", [(INT8, "int8"), (FLOAT16, "float16")])
 def test_a_smaller_cache_type_is_accepted(tmp_path, elem_type, name):
     inputs, outputs = contract()
