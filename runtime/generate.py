@@ -34,7 +34,7 @@ from pico_edge.runtime.session import Cache, Session
 from pico_edge.tokenizer import TextStream, Tokenizer
 
 # Random numbers made at a time: 5 us each, but 20 us where each is made between two steps.
-UNIFORMS_AHEAD = 16
+UNIFORMS_AHEAD = 64
 
 FinishReason = Literal["length", "stop", "context", "eos", "cancelled"]
 

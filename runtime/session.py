@@ -186,7 +186,8 @@ class Cache:
         self._row_bytes = int(np.prod(shape[1:])) * session.cache_dtype.itemsize
         self._row_shape = (1, *shape[1:])
         self._row_bindings: dict[int, Any] = {}
-        self._batch_binding: Any = None
+        self._binding: Any = None  # of all rows, for prompts and for decode
+        self._bound_to_decode = False  # its small inputs and its logits are those of decode
 
         # The inputs of `decode`, one token per row, written in place at every step.
         self._ids = np.zeros(batch, np.int64)
@@ -199,7 +200,6 @@ class Cache:
             self._ids[:, None], self._positions[:, None], self._seqlens, self._total, rows
         )
         self._decode_output = ort.OrtValue.ortvalue_from_numpy(self._logits)
-        self._decode_binding: Any = None
 
     def prefill(self, rows: Sequence[Ids]) -> FloatArray:
         """Put one prompt into each row of an empty cache; logits (B, V) of each row's last token.
@@ -267,11 +267,12 @@ class Cache:
         else:
             self._ids[:], self._positions[:], self._seqlens[:] = token_ids, lengths, lengths
         self._total[()] = longest + 1
-        binding = self._decode_binding
-        if binding is None:
-            binding = self._decode_binding = self._bind_caches(self.session.ort.io_binding(), None)
+        binding = self._binding
+        if not self._bound_to_decode:
+            binding = self._whole_binding()
             _bind_inputs(binding, self._decode_inputs)
             binding.bind_ortvalue_output(artefact.LOGITS, self._decode_output)
+            self._bound_to_decode = True
         elif self.session.device != "cpu":
             _bind_inputs(binding, self._decode_inputs)  # off the CPU, binding is what copies them
         self.session.ort.run_with_iobinding(binding)
@@ -317,10 +318,8 @@ class Cache:
         S = ids.shape[1]
         out_index = [b * S + s for b, places in enumerate(wanted) for s in places]
         logits: FloatArray = np.empty((len(out_index), self._vocab_size), self.session.logits_dtype)
-        if self._batch_binding is None:
-            self._batch_binding = self._bind_caches(self.session.ort.io_binding(), None)
         self._run(
-            self._batch_binding,
+            self._whole_binding(),
             _small_inputs(
                 ids,
                 np.tile(np.arange(S, dtype=np.int64), (self.batch, 1)),  # (B, S)
@@ -347,6 +346,8 @@ class Cache:
         return logits
 
     def _run(self, binding: Any, inputs: dict[str, Any], logits: FloatArray) -> None:
+        if binding is self._binding:
+            self._bound_to_decode = False
         _bind_inputs(binding, inputs)
         output = ort.OrtValue.ortvalue_from_numpy(logits)
         binding.bind_ortvalue_output(artefact.LOGITS, output)
@@ -354,8 +355,16 @@ class Cache:
         if self.session.device != "cpu":
             binding.synchronize_outputs()
 
+    def _whole_binding(self) -> Any:
+        """The binding with the memory of all rows; one, since making it takes 50 us."""
+        if self._binding is None:
+            self._binding = self._bind_caches(self.session.ort.io_binding(), None)
+        return self._binding
+
     def _row_binding(self, row: int) -> Any:
         """A binding with the memory of one row as a cache of batch 1."""
+        if self.batch == 1:
+            return self._whole_binding()
         if row not in self._row_bindings:
             self._row_bindings[row] = self._bind_caches(self.session.ort.io_binding(), row)
         return self._row_bindings[row]
@@ -366,7 +375,7 @@ class Cache:
         for i, (past, present) in enumerate(
             zip(self._past_names, self._present_names, strict=True)
         ):
-            if row is None or self.batch == 1:
+            if row is None:
                 binding.bind_ortvalue_input(past, self._values[i])
                 binding.bind_ortvalue_output(present, self._values[i])
             elif session.device == "cpu":
