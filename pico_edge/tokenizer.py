@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import base64
 import binascii
-import codecs
 import hashlib
 import json
+from codecs import utf_8_decode
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -157,15 +157,17 @@ class TextStream:
 
     def feed(self, ids: Sequence[int]) -> str:
         """The text that these ids, which must be the tokenizer's, complete; "" if none."""
-        new = b"".join([self._bytes_of[i] for i in ids])
-        return self._decode(self._unfinished + new, final=False)
+        data = (
+            self._bytes_of[ids[0]] if len(ids) == 1 else b"".join([self._bytes_of[i] for i in ids])
+        )
+        return self._decode(self._unfinished + data, final=False)
 
     def flush(self) -> str:
         """What is left at the end: "" or one U+FFFD for an unfinished character."""
         return self._decode(self._unfinished, final=True)
 
     def _decode(self, data: bytes, *, final: bool) -> str:
-        text, used = codecs.utf_8_decode(data, "replace", final)
+        text, used = utf_8_decode(data, "replace", final)
         self._unfinished = data[used:]
         return text
 

@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
@@ -31,10 +29,12 @@ from pico_edge.errors import PicoEdgeError, UsageError
 
 ContextOverflow = Literal["slide", "stop"]
 Logits = npt.NDArray[np.floating[Any]]
+Weights = npt.NDArray[np.float64]
 
-FLOAT32 = np.dtype(np.float32)
+FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 INFINITY = math.inf
-less_equal, logical_not = np.less_equal, np.logical_not  # looked up once: see Sampler.draw
+# Looked up once: see Sampler.draw.
+less_equal, logical_not, exp, accumulate = np.less_equal, np.logical_not, np.exp, np.add.accumulate
 MAX_SEED = (1 << 63) - 1
 # Below it logits would overflow; long before, only the largest have any chance.
 MIN_TEMPERATURE = 1e-200
@@ -134,7 +134,7 @@ class Sampler:
         above = self._above
         if above.size != logits.size:
             above = self._above = np.empty(logits.size, np.bool_)
-        k, guess, exp = self._top_k, self._guess, math.exp
+        k, guess = self._top_k, self._guess
         less_equal(logits, guess, above)
         logical_not(above, above)  # not `greater`: so that a NaN is found
         pool = logits[above]
@@ -144,21 +144,24 @@ class Sampler:
                 self._wanted = SPARE * k
             return self.sample(logits, u)
         pool.sort()
-        values: list[float] = pool[: -k - 1 : -1].tolist()
-        highest, divisor = values[0], self._temperature
+        values = pool[: -k - 1 : -1]  # (k,), descending
+        weights = values.astype(FLOAT64)
+        highest = weights.item(0)
         if not highest < INFINITY:
             return self.sample(logits, u)  # which says what is wrong
         if size > self._wanted:
             guess[()] = pool[-self._wanted]
         else:
-            lowest = float(pool[0])
+            lowest = pool.item(0)
             guess[()] = lowest - MARGIN * (highest - lowest)
-        cumulative = list(accumulate([exp((x - highest) / divisor) for x in values]))
-        n = bisect_right(cumulative, u * cumulative[-1])
-        value = values[n]
-        equal = logits == value
-        if n and values[n - 1] == value:
-            return int(equal.nonzero()[0][n - values.index(value)])
+        weights -= highest
+        weights /= self._temperature
+        exp(weights, weights)
+        accumulate(weights, 0, None, weights)
+        n = int(weights.searchsorted(u * weights.item(-1), "right"))
+        equal = logits == values[n]
+        if n and values[n - 1] == values[n]:
+            return nth_most_likely(logits, values, n)
         return int(equal.argmax())
 
     def sample(self, logits: Logits, u: float) -> int:
@@ -195,9 +198,8 @@ class Sampler:
         weights = _weights(values, sampling.temperature)
         return nth_most_likely(logits, values, _choose(weights, None, u, sampling))
 
-    def _largest(self, logits: Logits, k: int) -> list[float]:
-        values, guess = largest(logits, k, float(self._guess))
-        self._guess[()] = guess
+    def _largest(self, logits: Logits, k: int) -> Logits:
+        values, self._guess[()] = largest(logits, k, self._guess.item())
         return values
 
 
@@ -206,8 +208,8 @@ def sample(logits: Logits, u: float, sampling: Sampling) -> int:
     return Sampler(sampling).sample(logits, u)
 
 
-def largest(logits: Logits, k: int, guess: float = math.inf) -> tuple[list[float], float]:
-    """The k largest logits, descending, a NaN first; and the guess for logits like these.
+def largest(logits: Logits, k: int, guess: float = math.inf) -> tuple[Logits, float]:
+    """The k largest logits (k,), descending, a NaN first; and the guess for logits like these.
 
     logits: (V,), 1 <= k <= V. guess: a logit that a few more than k others are above; a wrong one
     costs a search of all logits and changes nothing.
@@ -218,23 +220,22 @@ def largest(logits: Logits, k: int, guess: float = math.inf) -> tuple[list[float
     if not k <= pool.size <= SPARE * wanted:
         pool = np.partition(logits, V - wanted)[V - wanted :]
     pool.sort()  # a NaN comes last
-    values: list[float] = pool.tolist()
-    values.reverse()
-    # Where there are none to spare, a little lower: the next logits may all be lower.
-    spare = len(values) > wanted
-    guess = values[wanted] if spare else values[-1] - MARGIN * (values[0] - values[-1])
-    return values[:k], guess
+    values = pool[::-1]
+    if values.size > wanted:
+        return values[:k], values.item(wanted)
+    # There are none to spare: a little lower, since the next logits may all be lower.
+    highest, lowest = values.item(0), values.item(-1)
+    return values[:k], lowest - MARGIN * (highest - lowest)
 
 
-def nth_most_likely(logits: Logits, values: list[float], n: int) -> int:
+def nth_most_likely(logits: Logits, values: Logits, n: int) -> int:
     """The id of the n-th of the largest logits, lower ids first among equals.
 
     values: the largest, descending. Only the chosen one is looked up: no other id is needed.
     """
     value = values[n]
-    equal = logits == value
-    before = n - values.index(value)
-    return int(equal.nonzero()[0][before] if before else equal.argmax())
+    before = n - np.count_nonzero(values > value)
+    return int((logits == value).nonzero()[0][before])
 
 
 def _check_finite(highest: float) -> None:
@@ -265,38 +266,35 @@ def penalize(
     return penalized
 
 
-def _weights(values: list[float], temperature: float) -> list[float]:
-    """Probabilities of descending logits up to a factor; that of the first is 1: none overflows.
-
-    Plain floats: between two steps of a model the caches are cold, and every numpy function that is
-    touched costs several us; 50 floats cost 5.
-    """
-    highest = values[0]
+def _weights(values: Logits, temperature: float) -> Weights:
+    """Probabilities of descending logits up to a factor; that of the first is 1: none overflows."""
+    weights = values.astype(FLOAT64)
+    highest = weights.item(0)
     _check_finite(highest)
-    if temperature < MIN_TEMPERATURE:
-        temperature = MIN_TEMPERATURE
-    return list(map(math.exp, [(value - highest) / temperature for value in values]))
+    weights -= highest
+    weights /= max(temperature, MIN_TEMPERATURE)
+    return exp(weights, weights)
 
 
-def _choose(weights: list[float], total: float | None, u: float, sampling: Sampling) -> int:
+def _choose(weights: Weights, total: float | None, u: float, sampling: Sampling) -> int:
     """The index that u chooses among descending weights after top-p and min-p.
 
     total: the sum of all weights, if these are only the largest of them; then the result is
     len(weights) when more of them are needed to tell.
     """
-    n = kept = len(weights)
-    cumulative = list(accumulate(weights))
-    mass = cumulative[-1] if total is None else total
+    n = kept = weights.size
+    cumulative = accumulate(weights)
+    mass = cumulative.item(-1) if total is None else total
     # u * mass < mass for every u <= 1 - 2**-53, also in float64: a token of no chance never comes.
     if sampling.top_p == 1 and sampling.min_p == 0:
-        return bisect_right(cumulative, u * mass)
+        return int(cumulative.searchsorted(u * mass, "right"))
     if sampling.top_p < 1:
-        kept = min(kept, bisect_left(cumulative, sampling.top_p * mass) + 1)
+        kept = min(kept, int(cumulative.searchsorted(sampling.top_p * mass)) + 1)
     if sampling.min_p > 0:
-        kept = min(kept, n - bisect_left(weights[::-1], sampling.min_p))
+        kept = min(kept, n - int(weights[::-1].searchsorted(sampling.min_p)))
     if kept == n and total is not None:
         return n
-    return bisect_right(cumulative, u * cumulative[kept - 1], 0, kept)
+    return int(cumulative[:kept].searchsorted(u * cumulative[kept - 1], "right"))
 
 
 def _check_whole(name: str, value: object, expected: str) -> int:

@@ -184,7 +184,7 @@ def test_the_largest_are_a_sort_by_value_then_id(seed, size, levels):
     expected = np.argsort(-logits, kind="stable")[:k]
     for guess in (np.inf, -np.inf, 0.0, float(logits[expected[-1]]), float(logits[0])):
         values, _ = largest(logits, k, guess)
-        assert values == logits[expected].tolist()
+        assert values.tolist() == logits[expected].tolist()
     some = range(0, k, 1 + k // 20)
     assert [nth_most_likely(logits, values, n) for n in some] == expected[some].tolist()
 
