@@ -1,0 +1,196 @@
+"""`pico-edge train`: text -> ckpt.pt."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from typing import Annotated, Any
+
+import typer
+
+from pico_edge.errors import UsageError
+from pico_edge.terminal import Debug, Json, Quiet, Signals, StoppedError, print_json, require_extra
+from pico_edge.train.distributed import place
+from pico_edge.train.settings import (
+    DEFAULT_MINUTES,
+    DEVICES,
+    DTYPES,
+    OPTIMIZERS,
+    PRESETS,
+    TOKENIZERS,
+    TrainSettings,
+)
+
+
+def _chosen(text: str, metavar: str | None = "N", *flags: str) -> Any:
+    """An option of train whose default is chosen from the data, the device and the time."""
+    return typer.Option(*flags, help=text, metavar=metavar, show_default=False)
+
+
+def train(
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DATA",
+            help="Files, folders, globs: text, .jsonl, also as .gz; - is standard input.",
+        ),
+    ],
+    out: Annotated[
+        str, typer.Option("-o", "--out", help="The model; its run folder comes beside it.")
+    ] = TrainSettings.out,
+    preset: Annotated[str | None, _chosen("Size of the model.", "|".join(PRESETS))] = None,
+    tokenizer: Annotated[str | None, _chosen("Text as tokens.", "|".join(TOKENIZERS))] = None,
+    vocab_size: Annotated[int | None, _chosen("Tokens of bpe; rows for the others.")] = None,
+    ranks: Annotated[
+        str | None, _chosen("GPT-2 ranks in tiktoken format, not downloaded.", "FILE")
+    ] = None,
+    target_bytes: Annotated[
+        str | None, _chosen("Largest int8 file, as 800kB or 8MB: chooses the size.", "BYTES")
+    ] = None,
+    target_tokens_per_second: Annotated[
+        float | None, _chosen("Least speed of generation, on a device like this one.", "X")
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        _chosen(f"Time for all of it. Default: {DEFAULT_MINUTES:g}.", "M"),
+    ] = None,
+    max_iters: Annotated[int | None, _chosen("Iterations, instead of a time.")] = None,
+    n_layer: Annotated[int | None, _chosen("Layers.")] = None,
+    n_head: Annotated[int | None, _chosen("Attention heads; they divide n_embd.")] = None,
+    n_embd: Annotated[int | None, _chosen("Width.")] = None,
+    block_size: Annotated[int | None, _chosen("Context, in tokens.")] = None,
+    dropout: Annotated[float | None, _chosen("From 0 to below 1.", "P")] = None,
+    bias: Annotated[bool | None, _chosen("Biases, as in GPT-2.", None, "--bias/--no-bias")] = None,
+    gelu: Annotated[str | None, _chosen("As in GPT-2, or exact.", "tanh|erf")] = None,
+    batch_size: Annotated[int | None, _chosen("Windows of block_size tokens at once.")] = None,
+    grad_accum: Annotated[int | None, _chosen("Batches to one update.")] = None,
+    optimizer: Annotated[str | None, _chosen("Optimizer.", "|".join(OPTIMIZERS))] = None,
+    learning_rate: Annotated[float | None, _chosen("Its peak.", "X")] = None,
+    min_lr: Annotated[float | None, _chosen("Its end. Default: 0.", "X")] = None,
+    warmup_iters: Annotated[int | None, _chosen("Iterations that rise to the peak.")] = None,
+    weight_decay: Annotated[float | None, _chosen("Of matrices.", "X")] = None,
+    beta1: Annotated[float | None, _chosen("Memory of the gradient.", "X")] = None,
+    beta2: Annotated[float | None, _chosen("Memory of its square.", "X")] = None,
+    grad_clip: Annotated[float | None, _chosen("Largest gradient norm, 0 = any.", "X")] = None,
+    val_data: Annotated[str | None, _chosen("Text to hold out.", "FILE")] = None,
+    val_fraction: Annotated[
+        float, typer.Option(metavar="F", help="Or this part of the text, its tail.")
+    ] = TrainSettings.val_fraction,
+    eval_interval: Annotated[int | None, _chosen("Iterations between evaluations.")] = None,
+    eval_iters: Annotated[int | None, _chosen("Batches of one evaluation, at most.")] = None,
+    sample_prompt: Annotated[
+        str | None, _chosen("Start of the samples. Default: of the held-out text.", "TEXT")
+    ] = None,
+    device: Annotated[
+        str, typer.Option(metavar="|".join(DEVICES), help="Where to train.")
+    ] = TrainSettings.device,
+    dtype: Annotated[
+        str, typer.Option(metavar="|".join(DTYPES), help="Of the matrix products.")
+    ] = TrainSettings.dtype,
+    compile_: Annotated[
+        bool | None, _chosen("Run torch.compile.", None, "--compile/--no-compile")
+    ] = None,
+    threads: Annotated[str, typer.Option(metavar="N|auto", help="CPU threads.")] = "auto",
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Of weights, batches, dropout.")
+    ] = TrainSettings.seed,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run of --out, exactly.")
+    ] = False,
+    init_from: Annotated[str | None, _chosen("Start from this model: fine-tune.", "CKPT")] = None,
+    reinit_embeddings: Annotated[
+        bool,
+        typer.Option(
+            "--reinit-embeddings", help="With --init-from: another tokenizer, a fresh token table."
+        ),
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start over what exists.")] = False,
+    encoding: Annotated[
+        str | None, _chosen("Of the text. Default: UTF-8, or UTF-16 by its mark.", "NAME")
+    ] = None,
+    text_field: Annotated[
+        str, typer.Option(metavar="NAME", help="Of the objects in .jsonl.")
+    ] = TrainSettings.text_field,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write event files too; needs the extra log.")
+    ] = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train a small GPT on your own text. No flag is needed; each is there to overrule a choice."""
+    started = time.perf_counter()
+    settings = TrainSettings(
+        out=out,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        ranks=ranks,
+        preset=preset,
+        target_bytes=None if target_bytes is None else _byte_count(target_bytes),
+        target_tokens_per_second=target_tokens_per_second,
+        minutes=minutes,
+        max_iters=max_iters,
+        n_layer=n_layer,
+        n_head=n_head,
+        n_embd=n_embd,
+        block_size=block_size,
+        dropout=dropout,
+        bias=bias,
+        gelu=gelu,
+        batch_size=batch_size,
+        grad_accum=grad_accum,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        min_lr=min_lr,
+        warmup_iters=warmup_iters,
+        weight_decay=weight_decay,
+        beta1=beta1,
+        beta2=beta2,
+        grad_clip=grad_clip,
+        val_data=val_data,
+        val_fraction=val_fraction,
+        eval_interval=eval_interval,
+        eval_iters=eval_iters,
+        sample_prompt=sample_prompt,
+        device=device,
+        dtype=dtype,
+        compile=compile_,
+        threads=_thread_count(threads),
+        seed=seed,
+        resume=resume,
+        init_from=init_from,
+        reinit_embeddings=reinit_embeddings,
+        force=force,
+        encoding=encoding,
+        text_field=text_field,
+        tensorboard=tensorboard,
+    )
+    require_extra("train", "torch")
+    with Signals() as signals:
+        from pico_edge.train.loop import train as run
+        from pico_edge.train.report import Reporter
+
+        signals.raise_at_once()  # until training takes over the signals, to save first
+        result = run(data, settings, reporter=Reporter(quiet=quiet), started=started)
+    if json_ and place().rank == 0:
+        print_json(dataclasses.asdict(result))
+    if result.signal is not None:
+        raise StoppedError(result.signal)
+
+
+def _byte_count(text: str) -> int:
+    """A size such as 5000, 800kB or 8MB in bytes. Raises UsageError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", text.strip(), re.IGNORECASE | re.ASCII)
+    if found is None:
+        raise UsageError(f"target_bytes is {text!r}: expected a size such as 5000, 800kB or 8MB")
+    return int(float(found[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[found[2].lower()])
+
+
+def _thread_count(text: str) -> int | None:
+    """None for "auto". Raises UsageError."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"threads is {text!r}: expected a whole number of at least 1, or auto")
+    return int(text)

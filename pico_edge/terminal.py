@@ -1,0 +1,101 @@
+"""What the commands share: flags, the two streams, signals, extras.
+
+The product goes to stdout, all else to stderr. Knows no engine. Try: `say("note: on stderr")`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from pico_edge.errors import UsageError
+
+SIGPIPE = 13  # which Windows does not name
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Nothing on stderr but errors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
+
+
+class StoppedError(Exception):
+    """A signal asked the command to end."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+        self.exit_code = 128 + signum
+
+
+def require_extra(extra: str, *packages: str) -> None:
+    """Raise UsageError naming the extra unless its packages are installed."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            name = "PyTorch" if package == "torch" else package
+            raise UsageError(f"{extra} needs {name}: pip install 'pico-edge[{extra}]'")
+
+
+def write(text: str) -> None:
+    """The product, at once: a reader of the pipe sees each token as it is made."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError as error:  # not left to Typer, which makes it exit 1
+        forget_stdout()
+        raise StoppedError(SIGPIPE) from error
+
+
+def print_json(value: object) -> None:
+    write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class Signals:
+    """SIGINT and SIGTERM as an exception at a place where one does no harm.
+
+    An exception out of a handler breaks the import of an extension module, so at first they are
+    only noted, and `check` raises; once `raise_at_once` was called, they raise wherever Python is.
+    A second one raises in any case. Training has handlers of its own, which save first.
+    """
+
+    def __init__(self) -> None:
+        self._noted: int | None = None
+        self._at_once = False
+
+    def __enter__(self) -> Signals:
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self._before = {number: signal.signal(number, self._handle) for number in numbers}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._at_once or self._noted is not None:
+            raise StoppedError(number)
+        self._noted = number
+
+    def check(self) -> None:
+        if self._noted is not None:
+            raise StoppedError(self._noted)
+
+    def raise_at_once(self) -> None:
+        self._at_once = True
+        self.check()
+
+
+def forget_stdout() -> None:
+    """Leave Python nothing to flush, and so nothing to complain of, at exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
