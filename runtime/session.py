@@ -8,14 +8,13 @@ Try: `Session("model.onnx").new_cache().prefill([[72, 105]])` -> logits (1, V) o
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib.metadata
 import os
-import platform
-import sys
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from time import perf_counter as clock
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from pico_edge.config import GPTConfig
 from pico_edge.errors import ArtefactError, PicoEdgeError, UsageError
 from pico_edge.runtime.portable import PortableCache
 from pico_edge.runtime.preflight import check_unchanged, read_model_file
+from pico_edge.runtime.threads import Pace, fixed_threads, physical_cores
 from pico_edge.tokenizer import Tokenizer, tokenizer_from_dict
 
 # Read once, when onnxruntime is imported; from 1.29 on its telemetry is on by default.
@@ -38,7 +38,6 @@ IntArray = npt.NDArray[np.int32]
 Ids = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 PROVIDER_ENV = "PICO_EDGE_PROVIDER"
-THREADS_ENV = "PICO_EDGE_THREADS"
 ORT_PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -57,7 +56,9 @@ DTYPES = {
     "tensor(int8)": np.int8,
     "tensor(uint8)": np.uint8,
 }
-MAX_THREADS = 1024
+# Bytes of a file so small that fewer threads may be faster; it loads twice in 20 ms.
+TIMED_AT_LOAD = 4 << 20
+TIMED_STEPS = 16
 
 _Errors = ort.capi.onnxruntime_pybind11_state
 # onnxruntime's exceptions have no base class of their own.
@@ -80,8 +81,8 @@ class Session:
 
     provider: "cpu", "cuda", "directml", or "auto": PICO_EDGE_PROVIDER if that is set, else the one
     the file is made for, else cpu. threads: a number, or "auto": PICO_EDGE_THREADS if that is set,
-    else the physical cores that this process may use. allow_foreign: load a file that is not of
-    pico-edge; it has no config, hence no cache.
+    else chosen from the physical cores that this process may use, and again while it runs, see
+    Pace. allow_foreign: load a file that is not of pico-edge; it has no config, hence no cache.
     Raises ArtefactError for a file that is refused, UsageError for an argument, PicoEdgeError when
     the provider cannot run it. Nothing moves to another provider without a word: what runs is in
     `provider`, and a choice of "auto" that is not the file's own is in `notices`.
@@ -96,7 +97,8 @@ class Session:
         allow_foreign: bool = False,
     ) -> None:
         self.path = Path(path)
-        self.threads = choose_threads(threads)
+        fixed = fixed_threads(threads)
+        most = physical_cores() if fixed is None else fixed
         model_file = read_model_file(self.path, allow_foreign=allow_foreign)
         self.metadata: dict[str, Any] = model_file.metadata
         self.export: dict[str, Any] = self.metadata.get(artefact.EXPORT_KEY, {"target": "cpu"})
@@ -107,12 +109,53 @@ class Session:
             wanted, self.export.get("target"), ort.get_available_providers(), file=self.path.name
         )
         self.device = ORT_DEVICES[self.provider]
-        self.ort = _load(self.path, self.provider, self.threads)
+        started = clock()
+        self.ort = _load(self.path, self.provider, most)
+        load_s = clock() - started
         check_unchanged(model_file)
+        self._model_file = model_file
+        self._loaded = {most: self.ort}  # by threads
+        self._fixed_threads = most
         # DirectML's GroupQueryAttention takes the past for empty when S > 1: wrong text, no error.
         self.appends = self.provider != "directml"
         self.cache_dtype = self._dtype(artefact.past_names(1)[0])
         self.logits_dtype = self._dtype(artefact.LOGITS)
+        self.pace: Pace | None = None
+        adapts = self._config is not None and self.export.get("target") != artefact.PORTABLE
+        if fixed is None and most > 1 and self.provider == "cpu" and adapts:
+            self.pace = Pace(most, cost_s=load_s)
+            if self.path.stat().st_size <= TIMED_AT_LOAD:
+                times = {n: self._step_s(n) for n in (most, self.pace.fewer)}
+                self.pace = Pace(most, cost_s=load_s, means_s=times)
+                self.ort = self._loaded[self.pace.threads]
+
+    @property
+    def threads(self) -> int:
+        """Threads that the next step will use."""
+        return self._fixed_threads if self.pace is None else self.pace.threads
+
+    def with_threads(self, threads: int) -> Any:
+        """onnxruntime's session with so many threads; loaded when first asked for.
+
+        It has weights of its own: as much memory again (224 MB at 12 x 768 int8). Raises
+        PicoEdgeError when the file cannot be loaded again, or has changed.
+        """
+        if threads not in self._loaded:
+            loaded = _load(self.path, self.provider, threads)
+            check_unchanged(self._model_file)
+            self._loaded[threads] = loaded
+        return self._loaded[threads]
+
+    def _step_s(self, threads: int) -> float:
+        """Seconds of a step with so many threads, the median of a few."""
+        cache = Cache(self, 1, 1, ort_session=self.with_threads(threads))
+        times = []
+        for _ in range(TIMED_STEPS):
+            cache.truncate(0, 0)
+            started = clock()
+            cache.decode([0])
+            times.append(clock() - started)
+        return statistics.median(times)
 
     @property
     def config(self) -> GPTConfig:
@@ -157,7 +200,10 @@ class Cache:
     several caches of one Session are independent.
     """
 
-    def __init__(self, session: Session, batch: int, capacity: int) -> None:
+    def __init__(
+        self, session: Session, batch: int, capacity: int, ort_session: Any = None
+    ) -> None:
+        """ort_session: one of the session's, instead of the one its pace chooses."""
         config = session.config
         if batch < 1:
             raise UsageError(f"batch is {batch}: expected 1 or more")
@@ -166,6 +212,9 @@ class Cache:
                 f"capacity is {capacity}: expected 1 to block_size, {config.block_size} tokens"
             )
         self.session = session
+        self._pace = session.pace if ort_session is None else None
+        self._threads = session.threads
+        self._ort = ort_session or session.with_threads(self._threads)
         self.batch = batch
         self.capacity = capacity
         self.lengths = [0] * batch
@@ -275,7 +324,14 @@ class Cache:
             self._bound_to_decode = True
         elif self.session.device != "cpu":
             _bind_inputs(binding, self._decode_inputs)  # off the CPU, binding is what copies them
-        self.session.ort.run_with_iobinding(binding)
+        if self._pace is None:
+            self._ort.run_with_iobinding(binding)
+        else:
+            started = clock()
+            self._ort.run_with_iobinding(binding)
+            self._pace.record(clock() - started, self._threads)
+            if self._pace.threads != self._threads:
+                self._change_threads(self._pace.threads)
         if self.session.device != "cpu":
             binding.synchronize_outputs()
         for row in range(self.batch):
@@ -284,6 +340,16 @@ class Cache:
             for history, token_id in zip(self._history, token_ids, strict=True):
                 history.append(int(token_id))
         return self._logits
+
+    def _change_threads(self, threads: int) -> None:
+        """Go on with another session of the same weights: the logits stay the same, to the bit."""
+        try:
+            self._ort = self.session.with_threads(threads)
+        except PicoEdgeError:
+            self._pace = self.session.pace = None  # no memory for it, or a new file: as before
+            return
+        self._threads = threads
+        self._binding, self._row_bindings, self._bound_to_decode = None, {}, False
 
     def truncate(self, row: int, length: int) -> None:
         """Forget all but the first `length` tokens of a row."""
@@ -351,14 +417,14 @@ class Cache:
         _bind_inputs(binding, inputs)
         output = ort.OrtValue.ortvalue_from_numpy(logits)
         binding.bind_ortvalue_output(artefact.LOGITS, output)
-        self.session.ort.run_with_iobinding(binding)
+        self._ort.run_with_iobinding(binding)
         if self.session.device != "cpu":
             binding.synchronize_outputs()
 
     def _whole_binding(self) -> Any:
         """The binding with the memory of all rows; one, since making it takes 50 us."""
         if self._binding is None:
-            self._binding = self._bind_caches(self.session.ort.io_binding(), None)
+            self._binding = self._bind_caches(self._ort.io_binding(), None)
         return self._binding
 
     def _row_binding(self, row: int) -> Any:
@@ -366,7 +432,7 @@ class Cache:
         if self.batch == 1:
             return self._whole_binding()
         if row not in self._row_bindings:
-            self._row_bindings[row] = self._bind_caches(self.session.ort.io_binding(), row)
+            self._row_bindings[row] = self._bind_caches(self._ort.io_binding(), row)
         return self._row_bindings[row]
 
     def _bind_caches(self, binding: Any, row: int | None) -> Any:
@@ -457,56 +523,6 @@ def onnxruntime_distributions() -> list[str]:
             continue
         found.append(name)
     return found
-
-
-def choose_threads(threads: str | int) -> int:
-    """Threads to run with, for a number as such or as text, or for "auto" (see Session)."""
-    source = "threads"
-    if threads == "auto":
-        threads = os.environ.get(THREADS_ENV) or "auto"
-        source = THREADS_ENV
-    if threads == "auto":
-        return physical_cores()
-    if isinstance(threads, str) and threads.isascii() and threads.isdigit():
-        threads = int(threads)
-    if isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= MAX_THREADS:
-        raise UsageError(f"{source} is {threads!r}: expected auto or 1 to {MAX_THREADS}")
-    return threads
-
-
-def physical_cores() -> int:
-    """Physical cores that this process may use, at least 1: its affinity and cgroup are respected.
-
-    Two threads on one core get in each other's way, and one too many, spinning, stalls them all.
-    """
-    if sys.platform == "linux":
-        cpus = os.sched_getaffinity(0)
-        cores = {
-            _read(f"/sys/devices/system/cpu/cpu{i}/topology/thread_siblings_list") for i in cpus
-        }
-        count = len(cpus) if "" in cores else len(cores)
-        quota = _read(
-            "/sys/fs/cgroup/cpu.max"
-        ).split()  # "200000 100000" us per period, or "max ..."
-        if len(quota) == 2 and quota[0] != "max":
-            count = min(count, int(quota[0]) // int(quota[1]))
-        return max(1, count)
-    if sys.platform == "darwin":
-        value, size = ctypes.c_int(0), ctypes.c_size_t(4)
-        libc = ctypes.CDLL(None)
-        for name in (b"hw.perflevel0.physicalcpu", b"hw.physicalcpu"):  # performance cores first
-            if not libc.sysctlbyname(name, ctypes.byref(value), ctypes.byref(size), None, 0):
-                return max(1, value.value)
-    logical = os.cpu_count() or 1
-    # Most x86 cores hold two threads, and one thread too few costs less than one too many.
-    return max(1, logical // 2) if platform.machine().lower() in ("amd64", "x86_64") else logical
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return ""
 
 
 def _load(path: Path, provider: str, threads: int) -> Any:

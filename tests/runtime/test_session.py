@@ -1,6 +1,5 @@
 """Every way through the cache gives the logits of one call; nothing moves to another provider."""
 
-import os
 import re
 from pathlib import Path
 
@@ -13,10 +12,8 @@ from pico_edge.runtime import session as session_module
 from pico_edge.runtime.session import (
     Session,
     choose_provider,
-    choose_threads,
     install_advice,
     onnxruntime_distributions,
-    physical_cores,
 )
 
 DATA = Path(__file__).parents[1] / "data"
@@ -323,32 +320,3 @@ def test_two_distributions_of_onnxruntime_are_named_with_the_cure(tmp_path, monk
     advice = install_advice("cuda")
     assert "onnxruntime and onnxruntime-gpu are installed over each other" in advice
     assert advice.endswith("then pip install onnxruntime-gpu")
-
-
-def test_threads_come_from_the_argument_then_the_variable_then_the_cores(monkeypatch):
-    monkeypatch.delenv("PICO_EDGE_THREADS", raising=False)
-    assert choose_threads("auto") == physical_cores()
-    monkeypatch.setenv("PICO_EDGE_THREADS", "3")
-    assert choose_threads("auto") == 3
-    assert choose_threads(2) == 2
-    assert choose_threads("4") == 4
-    monkeypatch.setenv("PICO_EDGE_THREADS", "many")
-    with pytest.raises(UsageError, match="PICO_EDGE_THREADS is 'many': expected auto or 1 to"):
-        choose_threads("auto")
-
-
-@pytest.mark.parametrize("threads", [0, -1, 10**6, 1.5, True, "", "two", None])
-def test_a_number_of_threads_out_of_range_is_refused(threads):
-    with pytest.raises(UsageError, match=r"threads is .*expected auto or 1 to"):
-        choose_threads(threads)
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
-def test_cores_are_those_of_the_affinity():
-    allowed = os.sched_getaffinity(0)
-    assert 1 <= physical_cores() <= len(allowed)
-    try:
-        os.sched_setaffinity(0, {min(allowed)})
-        assert physical_cores() == 1
-    finally:
-        os.sched_setaffinity(0, allowed)
