@@ -12,7 +12,7 @@ text of the rest (a model's own text is easier to foretell), per draft:
 
 Half of the time as the least confidence was best where a wrong token costs 0.15 of a step: with 0.4
 bytes get 1.10 right of 3.1, with 0.6 0.92 of 1.7. A confidence for each entry, to end drafts by
-their product, gained nothing over that. 0.2 s for 1 M tokens, 0.6 s for MAX_TOKENS.
+their product, gained nothing over that. 0.25 s for MAX_TOKENS.
 
 Try: `count_ngrams(data.train, 257)`.
 """
@@ -33,7 +33,7 @@ BPE_ORDERS = (1, 5)
 # A context counts if the same token follows it this often, and half of the time at least: each
 # wrong token of a draft costs a part of a step.
 MIN_COUNT = 2
-MAX_TOKENS = 1 << 21
+MAX_TOKENS = 1 << 20
 _WINDOWS = 32
 
 _Ints = NDArray[np.int64]
