@@ -22,7 +22,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -30,8 +29,7 @@ from torch import Tensor
 from pico_edge.config import GPTConfig
 from pico_edge.export.blocks import quantize_matrix
 from pico_edge.export.calibrate import Statistics
-
-FloatArray = npt.NDArray[np.float32]
+from pico_edge.export.graph import array, drop_unused, initializer, replace
 
 # Largest first: a scale per 128 weights is the fastest kernel and costs 3 % of size at 8 bits. The
 # block must divide the rows' length: DirectML requires it, and a partial block would waste the
@@ -105,7 +103,7 @@ def quantize_graph(model: ir.Model, plan: Plan, statistics: Statistics | None = 
     for i, node in enumerate(matrices):
         name = f"transformer.h.{i // len(MATRICES)}.{MATRICES[i % len(MATRICES)]}"
         moments = None if statistics is None else statistics.inputs[name].moments
-        weight = torch.from_numpy(np.require(_matrix(node).T, requirements="W"))
+        weight = torch.from_numpy(np.require(array(node.inputs[1]).T, requirements="W"))
         if plan.forms[name] == "rows":
             _replace_by_rows(graph, node, weight, moments, after_gelu=name.endswith("mlp.c_proj"))
         else:
@@ -113,16 +111,14 @@ def quantize_graph(model: ir.Model, plan: Plan, statistics: Statistics | None = 
             limit = BLOCK_SIZES[0] if bits == 8 else plan.int4_block
             _replace_by_blocks(graph, node, weight, bits, moments, limit)
     # No feedback into the table: what helps the head would hurt the embedding.
-    head = torch.from_numpy(np.require(_array(table), requirements="W"))
+    head = torch.from_numpy(np.require(array(table), requirements="W"))
     blocks, scales = _replace_by_blocks(graph, _head(graph), head, 8, None)
     _replace_gather(graph, embedding, blocks, scales)
     if plan.cache == "int8":
         if statistics is None:
             raise ValueError("an int8 cache needs statistics of keys and values")
         _quantize_cache(graph, statistics)
-    for name, value in list(graph.initializers.items()):
-        if not value.uses():
-            del graph.initializers[name]
+    drop_unused(graph)
 
 
 def block_size_for(k: int) -> int:
@@ -154,8 +150,8 @@ def _replace_by_blocks(
     packed = packed.reshape(n, k // block_size, block_size)
     if bits == 4:
         packed = packed[..., 0::2] | packed[..., 1::2] << 4
-    blocks = _initializer(graph, f"{name}.blocks", packed.numpy())
-    factors = _initializer(graph, f"{name}.scales", scales.numpy())
+    blocks = initializer(graph, f"{name}.blocks", packed.numpy())
+    factors = initializer(graph, f"{name}.scales", scales.numpy())
     attributes = {
         "K": k,
         "N": n,
@@ -166,7 +162,7 @@ def _replace_by_blocks(
     quantized = ir.node(
         "MatMulNBits", [node.inputs[0], blocks, factors], attributes, domain="com.microsoft"
     )
-    _replace(graph, node, [quantized])
+    replace(graph, node, [quantized])
     return blocks, factors
 
 
@@ -182,25 +178,25 @@ def _replace_by_rows(
     name = node.inputs[1].name if node.inputs[1] is not None else None
     codes, scales = quantize_matrix(weight, 8, None, moments)
     restored = codes.double() * scales.double()
-    matrix = _initializer(graph, f"{name}.codes", np.ascontiguousarray(codes.numpy().T))
-    factors = _initializer(graph, f"{name}.scales", scales[:, 0].numpy())
+    matrix = initializer(graph, f"{name}.codes", np.ascontiguousarray(codes.numpy().T))
+    factors = initializer(graph, f"{name}.scales", scales[:, 0].numpy())
     x, nodes = node.inputs[0], []
 
     def add(op: str, *inputs: ir.Value | None, domain: str = "", **attributes: int) -> ir.Value:
         nodes.append(ir.node(op, list(inputs), attributes, domain=domain))
         return nodes[-1].outputs[0]
 
-    last_axis = _constant(graph, "last_axis", np.array([-1], np.int64))
+    last_axis = initializer(graph, "last_axis", np.array([-1], np.int64))
     if after_gelu:
-        shift = _constant(graph, "gelu_shift", np.array(GELU_MIN, np.float32))
-        step = _constant(graph, "gelu_step", np.array(1 / 255, np.float32))
-        zero = _constant(graph, "gelu_zero", np.array(0, np.uint8))
+        shift = initializer(graph, "gelu_shift", np.array(GELU_MIN, np.float32))
+        step = initializer(graph, "gelu_step", np.array(1 / 255, np.float32))
+        zero = initializer(graph, "gelu_zero", np.array(0, np.uint8))
         reach = add("Add", add("ReduceMax", x, last_axis, keepdims=1), shift)  # (B, S, 1)
         unit = add("Div", add("Add", x, shift), reach)  # 0 to 1
     else:
-        least = _constant(graph, "row_least", np.array(1e-12, np.float32))  # a row of zeros
-        step = _constant(graph, "row_step", np.array(1 / 127, np.float32))
-        zero = _constant(graph, "row_zero", np.array(128, np.uint8))
+        least = initializer(graph, "row_least", np.array(1e-12, np.float32))  # a row of zeros
+        step = initializer(graph, "row_step", np.array(1 / 127, np.float32))
+        zero = initializer(graph, "row_zero", np.array(128, np.uint8))
         reach = add("Add", add("ReduceMax", add("Abs", x), last_axis, keepdims=1), least)
         unit = add("Div", x, reach)  # -1 to 1
     quantized = add("QuantizeLinear", unit, step, zero)
@@ -212,8 +208,8 @@ def _replace_by_rows(
     y = add("Mul", product, reach)
     if after_gelu:
         unshift = (-GELU_MIN * restored.sum(1)).to(torch.float32)
-        add("Add", y, _initializer(graph, f"{name}.unshift", unshift.numpy()))
-    _replace(graph, node, nodes)
+        add("Add", y, initializer(graph, f"{name}.unshift", unshift.numpy()))
+    replace(graph, node, nodes)
 
 
 def _replace_gather(graph: ir.Graph, node: ir.Node, blocks: ir.Value, scales: ir.Value) -> None:
@@ -222,9 +218,9 @@ def _replace_gather(graph: ir.Graph, node: ir.Node, blocks: ir.Value, scales: ir
     The table keeps its 3-D form: onnxruntime would fold a Reshape of it into a second copy. The
     scales, thirty times smaller, are the ones that are reshaped.
     """
-    v, groups, block_size = _array(blocks).shape
-    three_d = _initializer(graph, f"{scales.name}.shape", np.array([v, groups, 1], dtype=np.int64))
-    flat = _initializer(
+    v, groups, block_size = array(blocks).shape
+    three_d = initializer(graph, f"{scales.name}.shape", np.array([v, groups, 1], dtype=np.int64))
+    flat = initializer(
         graph, f"{blocks.name}.row", np.array([0, 0, groups * block_size], dtype=np.int64)
     )
     scales_3d = ir.node("Reshape", [scales, three_d])  # (V, C / block_size, 1)
@@ -235,7 +231,7 @@ def _replace_gather(graph: ir.Graph, node: ir.Node, blocks: ir.Value, scales: ir
         domain="com.microsoft",
     )
     rows = ir.node("Reshape", [gather.outputs[0], flat])  # (B, S, C)
-    _replace(graph, node, [scales_3d, gather, rows])
+    replace(graph, node, [scales_3d, gather, rows])
 
 
 def _quantize_cache(graph: ir.Graph, statistics: Statistics) -> None:
@@ -247,7 +243,7 @@ def _quantize_cache(graph: ir.Graph, statistics: Statistics) -> None:
         for at, part, reach in zip((12, 13), ("key", "value"), largest, strict=True):
             scale = max(float(reach) * CACHE_MARGIN / 127, 1e-12)
             name = f"cache.{i}.{part}.scale"
-            node.replace_input_with(at, _initializer(graph, name, np.array([scale], np.float32)))
+            node.replace_input_with(at, initializer(graph, name, np.array([scale], np.float32)))
         node.attributes["k_quant_type"] = ir.AttrString("k_quant_type", "PER_TENSOR")
         node.attributes["v_quant_type"] = ir.AttrString("v_quant_type", "PER_TENSOR")
         node.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", 8)
@@ -256,43 +252,8 @@ def _quantize_cache(graph: ir.Graph, statistics: Statistics) -> None:
             value.type = ir.TensorType(ir.DataType.INT8)
 
 
-def _replace(graph: ir.Graph, old: ir.Node, new: list[ir.Node]) -> None:
-    """Swap nodes; the last new one takes over the old one's output: name, type and shape."""
-    before, after = old.outputs[0], new[-1].outputs[0]
-    name = before.name
-    after.type, after.shape = before.type, before.shape
-    ir.convenience.replace_nodes_and_values(graph, old, [old], new, [before], [after])
-    after.name = name
-
-
 def _head(graph: ir.Graph) -> ir.Node:
     heads = [node for node in graph if node.op_type in ("Gemm", "MatMulNBits")]
     if not heads or heads[-1].op_type != "Gemm":
         raise ValueError("the graph has no Gemm head: expected a graph made by trace()")
     return heads[-1]
-
-
-def _matrix(node: ir.Node) -> FloatArray:
-    weight = node.inputs[1]
-    if weight is None or weight.const_value is None:
-        raise ValueError(f"MatMul {node.name} has no constant weight: expected a graph of trace()")
-    return _array(weight)
-
-
-def _array(value: ir.Value) -> FloatArray:
-    assert value.const_value is not None
-    return value.const_value.numpy()
-
-
-def _constant(graph: ir.Graph, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
-    """An initializer that many nodes share."""
-    return graph.initializers.get(name) or _initializer(graph, name, array)
-
-
-def _initializer(graph: ir.Graph, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(
-        name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype)
-    )
-    graph.register_initializer(value)
-    return value

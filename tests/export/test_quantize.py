@@ -93,7 +93,7 @@ def test_int4_packs_the_first_weight_into_the_low_half(int4_report: dict[str, An
     weight[0, 16:] *= -1
     graph = ir.Graph([], [], nodes=[], opset_imports={"": 20, "com.microsoft": 1})
     x = ir.Value(name="x", shape=ir.Shape((32, 32)), type=ir.TensorType(ir.DataType.FLOAT))
-    w = quantize._initializer(graph, "w", weight.T.numpy())
+    w = quantize.initializer(graph, "w", weight.T.numpy())
     node = ir.node("MatMul", [x, w])
     y = node.outputs[0]
     y.name, y.shape, y.type = "y", ir.Shape((32, 1)), ir.TensorType(ir.DataType.FLOAT)
