@@ -75,8 +75,9 @@ def choose_plan(config: GPTConfig, bits: int, *, cache: str = "int8") -> Plan:
         for part in MATRICES
     }
     forms["lm_head"] = "int8"
-    # Half the block: a sixth less divergence for 3 % of a file that is small anyway.
-    return Plan(f"int{bits}", forms, cache, 64 if config.n_embd < ROWS_MIN_WIDTH else 128)
+    # A quarter of the block: a sixth less divergence than half of it, for 6 % of a file that is
+    # small anyway and 5 % of a step; half of it is as much better than the whole.
+    return Plan(f"int{bits}", forms, cache, 32 if config.n_embd < ROWS_MIN_WIDTH else 128)
 
 
 def _int4_form(config: GPTConfig, layer: int, part: str) -> str:
@@ -235,17 +236,17 @@ def _replace_gather(graph: ir.Graph, node: ir.Node, blocks: ir.Value, scales: ir
 
 
 def _quantize_cache(graph: ir.Graph, statistics: Statistics) -> None:
-    """Keys and values as int8 with a scale each per layer: inputs 12, 13 of GroupQueryAttention."""
+    """Keys and values as int8, a scale per channel: inputs 12, 13 of GroupQueryAttention."""
     nodes = [node for node in graph if node.op_type == "GroupQueryAttention"]
     for i, node in enumerate(nodes):
         node.resize_inputs(14)
-        largest = (statistics.keys[i].max(), statistics.values[i].max())
+        largest = (statistics.keys[i], statistics.values[i])  # (C) each
         for at, part, reach in zip((12, 13), ("key", "value"), largest, strict=True):
-            scale = max(float(reach) * CACHE_MARGIN / 127, 1e-12)
-            name = f"cache.{i}.{part}.scale"
-            node.replace_input_with(at, initializer(graph, name, np.array([scale], np.float32)))
-        node.attributes["k_quant_type"] = ir.AttrString("k_quant_type", "PER_TENSOR")
-        node.attributes["v_quant_type"] = ir.AttrString("v_quant_type", "PER_TENSOR")
+            scales = (reach * CACHE_MARGIN / 127).clamp_min(1e-12).to(torch.float32)
+            name = f"cache.{i}.{part}.scales"
+            node.replace_input_with(at, initializer(graph, name, scales.numpy()))
+        node.attributes["k_quant_type"] = ir.AttrString("k_quant_type", "PER_CHANNEL")
+        node.attributes["v_quant_type"] = ir.AttrString("v_quant_type", "PER_CHANNEL")
         node.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", 8)
         for value in (node.inputs[3], node.inputs[4], node.outputs[1], node.outputs[2]):
             assert value is not None
