@@ -106,15 +106,19 @@ def output_names(n_layer: int) -> list[str]:
     return [LOGITS, *present_names(n_layer)]
 
 
-# What `generate` does unless told otherwise; every file carries its own copy, made at export.
+# What `generate` does unless told otherwise; every file carries its own copy, made at export. What
+# is missing there, in files of an older pico-edge, has the value it has here.
 SAMPLING_DEFAULTS: dict[str, Any] = {
     "max_new_tokens": 200,
     "temperature": 0.8,
     "top_k": 50,
     "top_p": 1.0,
     "min_p": 0.0,
+    "typical_p": 1.0,
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
+    "no_repeat_ngram_size": 0,
+    "min_new_tokens": 0,
     "context_overflow": "slide",
 }
