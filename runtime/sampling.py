@@ -96,16 +96,16 @@ class Sampling:
         for name in ("max_new_tokens", "top_k", "no_repeat_ngram_size", "min_new_tokens"):
             _check_whole(name, getattr(self, name), "0 or more")
         for name in ("presence_penalty", "frequency_penalty"):
-            _check_number(name, getattr(self, name), "a finite number")
-        if _check_number("temperature", self.temperature, "0 or more") < 0:
+            check_number(name, getattr(self, name), "a finite number")
+        if check_number("temperature", self.temperature, "0 or more") < 0:
             raise UsageError(f"temperature is {self.temperature}: expected 0 or more")
         for name in ("top_p", "typical_p"):
-            value = _check_number(name, getattr(self, name), "above 0, at most 1")
+            value = check_number(name, getattr(self, name), "above 0, at most 1")
             if not 0 < value <= 1:
                 raise UsageError(f"{name} is {value}: expected above 0, at most 1")
-        if not 0 <= _check_number("min_p", self.min_p, "0 to 1") <= 1:
+        if not 0 <= check_number("min_p", self.min_p, "0 to 1") <= 1:
             raise UsageError(f"min_p is {self.min_p}: expected 0 to 1")
-        if _check_number("repetition_penalty", self.repetition_penalty, "above 0") <= 0:
+        if check_number("repetition_penalty", self.repetition_penalty, "above 0") <= 0:
             raise UsageError(f"repetition_penalty is {self.repetition_penalty}: expected above 0")
         if self.context_overflow not in ("slide", "stop"):
             raise UsageError(
@@ -443,7 +443,7 @@ def _check_whole(name: str, value: object, expected: str) -> int:
     return int(value)
 
 
-def _check_number(name: str, value: object, expected: str) -> float:
+def check_number(name: str, value: object, expected: str) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise UsageError(f"{name} is {value!r}: expected {expected}")
     return float(value)

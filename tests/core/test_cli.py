@@ -26,9 +26,11 @@ FLAGS = {
         "--target"
     ),
     "generate": (
-        "--allow-foreign --allow-special --context-overflow --debug --frequency-penalty --json "
-        "--max-new-tokens --min-p --num-samples --presence-penalty --provider --quiet "
-        "--repetition-penalty --seed --stop --stream --temperature --threads --top-k --top-p"
+        "--allow-foreign --allow-special --banned-tokens --context-overflow --debug "
+        "--frequency-penalty --json --logit-bias --logprobs --max-new-tokens --min-new-tokens "
+        "--min-p --no-repeat-ngram-size --num-samples --presence-penalty --provider --quiet "
+        "--repetition-penalty --seed --stop --stream --temperature --threads --top-k --top-p "
+        "--typical-p"
     ),
     "train": (
         "--batch-size --beta1 --beta2 --bias --block-size --compile --debug --device --dropout "
