@@ -135,5 +135,5 @@ def resolve_banned(banned: Sequence[Token] | Token | None, tokenizer: Tokenizer)
     """banned_tokens by id; a single token may stand for a list of one. Raises UsageError."""
     if banned is None:
         return []
-    tokens = [banned] if isinstance(banned, str | numbers.Integral) else list(banned)
+    tokens = [banned] if isinstance(banned, str | int) else list(banned)
     return [token_of("banned_tokens", token, tokenizer) for token in tokens]

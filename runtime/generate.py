@@ -426,10 +426,12 @@ def _prefill(
 
 def _give_back(texts: Sequence[_Text], kept: KeptCache | None) -> None:
     """Keep the cache of a single text that has ended without an error, for the next prompt."""
-    if kept is None or len(texts) != 1 or texts[0].cache is None:
+    if kept is None or len(texts) != 1:
         return
     (text,) = texts
     cache, text.cache = text.cache, None
+    if cache is None:
+        return
     # Not the last token, which was drawn and never decoded; end-of-text is not among the ids.
     end = len(text.ids) if text.ended_itself else len(text.ids) - 1
     kept.give(cache, text.ids[end - cache.lengths[0] : end])

@@ -57,7 +57,7 @@ FEW = 4096  # where sorting all of them is cheaper
 # How far a sum of V exponentials may be from the true one, in proportion. float32, half the time:
 # up to 88 in the exponent, times three roundings of 2**-24, and 3e-6 for exp and sum: 2e-5.
 # float64: up to 745, times three roundings of 2**-53, and as much for the rest: 1e-12.
-SUM_ERRORS = {FLOAT32: 5e-5, FLOAT64: 1e-11}
+SUM_ERRORS: dict[np.dtype[Any], float] = {FLOAT32: 5e-5, FLOAT64: 1e-11}
 MIN_HEAD_TEMPERATURE = 1e-3  # below it float32 exponents could overflow
 # Candidates looked at for each token wanted: enough that the guess still holds for the next logits.
 # Of a trained 6 x 384 model's draws the guess failed 33 % with 2, 20 % with 3, 1 % with 4; of one
@@ -431,7 +431,7 @@ def _find(weights: Weights, ends: Weights, target: float, side: Side) -> int:
     block = min(int(ends.searchsorted(target, side)), ends.size - 1)
     inside = _inside(weights, ends, block)
     # The two ways to add may differ in the last bit; a weight of 0 is never the answer.
-    last = np.count_nonzero(weights[block * HEAD : (block + 1) * HEAD]) - 1
+    last = int(np.count_nonzero(weights[block * HEAD : (block + 1) * HEAD])) - 1
     return block * HEAD + max(0, min(int(inside.searchsorted(target, side)), last))
 
 
