@@ -141,7 +141,7 @@ def test_a_model_goes_on_after_an_error_in_the_middle(fp32):
         fp32.generate(
             HELLO,
             seed=1,
-            banned_tokens=[i for i in range(257) if i not in b"abc"],
+            banned_tokens=[i for i in range(257) if i not in (97, 98, 99)],
             no_repeat_ngram_size=1,
         )
     with pytest.raises(ZeroDivisionError):
@@ -190,8 +190,8 @@ def test_neither_a_stop_nor_an_end_comes_before_the_least_length(fp32):
 def test_biases_bans_and_ngrams_reach_the_text(fp32):
     options = {"max_new_tokens": 60, "min_new_tokens": 60, "seed": 1}
     assert set(fp32.generate("a", logit_bias={"z": 100.0}, **options).text) == {"z"}
-    assert "e" in fp32.generate("a", **options).text
-    assert "e" not in fp32.generate("a", banned_tokens=["e"], **options).text
+    assert "t" in fp32.generate("a", **options).text
+    assert "t" not in fp32.generate("a", banned_tokens=["t"], **options).text
     ids = [97, *fp32.generate("a", no_repeat_ngram_size=2, temperature=0, **options).token_ids]
     pairs = list(itertools.pairwise(ids))
     assert len(set(pairs)) == len(pairs)
