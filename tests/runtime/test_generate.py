@@ -197,6 +197,15 @@ def test_only_what_may_start_a_stop_is_held_back(scripted):
     assert list(stream) == ["a", "<b", "<|c"]
 
 
+def test_a_stop_that_came_before_the_least_length_is_text_for_good(scripted):
+    """Also where it is held back because a longer one may begin with it."""
+    options = {"max_new_tokens": 5, "min_new_tokens": 3, "stop": ["b", "abc"]}
+    made = scripted(*b"abxab").generate("q", **options)
+    assert (made.text, made.finish_reason) == ("abxa", "stop")
+    made = scripted(*b"abcab").generate("q", **options)
+    assert (made.text, made.finish_reason) == ("", "stop")  # the longer one ends in time
+
+
 def test_a_stop_in_the_prompt_does_not_end_the_text(scripted):
     made = scripted(*b"abc").generate("stop", max_new_tokens=3, stop=["stop", "pa"])
     assert made.text == "abc"

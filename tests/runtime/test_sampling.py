@@ -356,6 +356,23 @@ def test_a_large_vocabulary_is_drawn_from_as_if_all_of_it_were_sorted(changes):
         assert sampler.draw(half, u) == large_oracle(half.astype(np.float32), u, sampling)
 
 
+@pytest.mark.parametrize("changes", [{}, {"top_p": 0.9}, {"top_p": 0.999, "min_p": 1e-4}])
+def test_draws_at_the_border_of_two_tokens_are_exact(changes):
+    """Where the sum in float32 cannot tell on which side of it u is, and where u decides top-p."""
+    sampling = dataclasses.replace(PLAIN, **changes)
+    sampler = Sampler(sampling)
+    for seed in range(3):
+        logits = (np.random.default_rng(seed).normal(size=20_000) * 4).astype(np.float32)
+        weights = np.exp(np.sort(logits)[::-1].astype(np.float64) - float(logits.max()))
+        p = weights / weights.sum()
+        for n in (1, 2, 5, 17, 60):
+            border = float(p[:n].sum())
+            for u in (border * (1 - 1e-9), border * (1 + 1e-9), border - 3e-6, border + 3e-6):
+                assert sampler.draw(logits, u) == large_oracle(logits, u, sampling)
+                top_p = dataclasses.replace(PLAIN, top_p=u)
+                assert sample(logits, 1 - 2**-53, top_p) == large_oracle(logits, 1 - 2**-53, top_p)
+
+
 @pytest.mark.parametrize("spread", [0.0, 0.1, 3, 20, 80, 1e4])
 @pytest.mark.parametrize("temperature", [1e-3, 0.7, 30.0])
 def test_sums_of_exponentials_are_within_their_stated_error(spread, temperature):
