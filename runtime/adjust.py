@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from pico_edge.errors import PicoEdgeError, UsageError
-from pico_edge.runtime.sampling import Logits, Sampling, check_number, penalize
+from pico_edge.runtime.sampling import MAX_LOGIT, Logits, Sampling, check_number, penalize
 from pico_edge.tokenizer import Tokenizer
 
 Token = int | str  # an id, or the text of one token
@@ -57,7 +57,8 @@ class Adjuster:
         else:
             adjusted = logits.astype(np.float32)
         if self._bias.size:
-            adjusted[self._bias_ids] = adjusted[self._bias_ids] + self._bias
+            biased = adjusted[self._bias_ids] + self._bias
+            adjusted[self._bias_ids] = np.clip(biased, -MAX_LOGIT, MAX_LOGIT)
         adjusted[self._banned] = -np.inf
         if self._n and len(self._last) == self._n - 1:
             adjusted[self._followers.get(self._last, [])] = -np.inf

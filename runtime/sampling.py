@@ -48,6 +48,7 @@ INFINITY = math.inf
 # Looked up once: see Sampler.draw.
 less_equal, logical_not, exp, accumulate = np.less_equal, np.logical_not, np.exp, np.add.accumulate
 MAX_SEED = (1 << 63) - 1
+MAX_LOGIT = float(np.finfo(np.float32).max)  # of an adjusted one: none becomes infinite
 # Below it logits would overflow; long before, only the largest have any chance.
 MIN_TEMPERATURE = 1e-200
 # Without top-k, the most likely tokens are tried by themselves first, then more, then all; the next
@@ -75,7 +76,7 @@ class Sampling:
     min_p: 0 is off. typical_p: 1 is off. repetition_penalty: 1 is off; presence_penalty,
     frequency_penalty: 0 is off. no_repeat_ngram_size: tokens, 0 is off. min_new_tokens: tokens
     before which neither end-of-text nor a stop ends the text; max_new_tokens does.
-    context_overflow: at the end of the context "slide" goes on with its newest part, "stop" ends.
+    context_overflow: at the end of the context "slide" goes on with its newest third, "stop" ends.
     Raises UsageError (a ValueError) that names the field.
     """
 
@@ -305,10 +306,11 @@ def penalize(
     ids = seen.nonzero()[0]
     values = penalized[ids].astype(np.float64)
     r = sampling.repetition_penalty
-    values = np.where(values > 0, values / r, values * r)
-    drawn = counts[ids]
-    values -= sampling.frequency_penalty * drawn + sampling.presence_penalty * (drawn > 0)
-    penalized[ids] = values
+    with np.errstate(over="ignore"):
+        values = np.where(values > 0, values / r, values * r)
+        drawn = counts[ids]
+        values -= sampling.frequency_penalty * drawn + sampling.presence_penalty * (drawn > 0)
+    penalized[ids] = np.clip(values, -MAX_LOGIT, MAX_LOGIT)
     return penalized
 
 

@@ -116,7 +116,7 @@ def generate(
     context_overflow: Annotated[
         Literal["slide", "stop"] | None,
         _sampling(
-            "context_overflow", "When the context is full: go on with its newest part, or end."
+            "context_overflow", "When the context is full: go on with its newest third, or end."
         ),
     ] = None,
     stream: Annotated[

@@ -80,6 +80,22 @@ def test_a_bias_is_added_after_the_penalties_and_before_the_bans():
     assert half.tolist() == adjusted.tolist()
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_penalties_and_biases_of_any_size_leave_finite_logits(sign):
+    sampling = Sampling(
+        repetition_penalty=1e-308 if sign < 0 else 1e308,
+        presence_penalty=sign * 1e308,
+        frequency_penalty=sign * 1e308,
+    )
+    adjuster = Adjuster(sampling, [1], 5, eot_id=EOT_ID, bias={0: sign * 1e308, 3: 1.0})
+    for token_id in (2, 2, 3):
+        adjuster.add(token_id)
+    adjusted = adjuster.adjust(LOGITS)
+    assert np.isfinite(adjusted).all()
+    assert (adjusted[2] < adjusted[4]) == (sign > 0)
+    assert (adjusted[0] > adjusted[4]) == (sign > 0)
+
+
 def test_nothing_left_to_draw_is_an_error_that_says_why():
     adjuster = Adjuster(Sampling(min_new_tokens=1), [], 5, eot_id=EOT_ID, banned=[0, 1, 2, 3])
     with pytest.raises(PicoEdgeError, match="after 0 tokens every token is banned"):

@@ -50,14 +50,14 @@ def no_end(model, **changes):
 def slow_ids(model, prompt, n, *, seed, number=0):
     """The tokens of a text by one call of the whole window per token: nothing cached, no batch.
 
-    The window rule is that of the loop: when block_size tokens are in it, the newest 3/8 go on.
+    The window rule is that of the loop: when block_size tokens are in it, the newest third goes on.
     """
     window = model.config.block_size
     ids = model.tokenizer.encode(prompt) or [model.tokenizer.eot_id]
     n_prompt, start = len(ids), max(0, len(ids) - window)
     while len(ids) - n_prompt < n:
         if len(ids) - start > window:
-            start = len(ids) - 3 * window // 8
+            start = len(ids) - window // 3
         logits = model.session.new_cache().prefill([ids[start:]])[0, : model.tokenizer.n_vocab]
         token_id = sample(logits, uniform(seed, len(ids), number), model.sampling)
         if token_id == model.tokenizer.eot_id:
