@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pico_edge.artefact import tokens_kept
 from pico_edge.runtime import Model
-from pico_edge.runtime.generate import tokens_kept
 
 ROWS, RUNS = 8, 4
 PROMPT = "The following identifiers are used as reserved words, or keywords of the language. "

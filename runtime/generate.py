@@ -19,6 +19,7 @@ from time import perf_counter as clock
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 from pico_edge import artefact
+from pico_edge.artefact import tokens_kept
 from pico_edge.config import GPTConfig
 from pico_edge.errors import ArtefactError, UsageError
 from pico_edge.runtime.adjust import Adjuster, Token, adjusts, resolve_banned, resolve_bias
@@ -435,16 +436,6 @@ def _give_back(texts: Sequence[_Text], kept: KeptCache | None) -> None:
     # Not the last token, which was drawn and never decoded; end-of-text is not among the ids.
     end = len(text.ids) if text.ended_itself else len(text.ids) - 1
     kept.give(cache, text.ids[end - cache.lengths[0] : end])
-
-
-def tokens_kept(block_size: int) -> int:
-    """Tokens that stay when the window of a text is full: the newest third of it.
-
-    They are read again at each refill, and the more there are the sooner the next one comes. In
-    percent of the time of decoding (int8, one and two threads): a quarter 14 and 10, a third 22 and
-    15, a half 48 and 31.
-    """
-    return max(1, block_size // 3)
 
 
 def _slide(cache: Cache | PortableCache, row: int, ids: list[int], keep: int) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from scipy import stats
 
+from pico_edge.artefact import tokens_kept
 from pico_edge.runtime import Model
-from pico_edge.runtime.generate import tokens_kept
 from pico_edge.runtime.session import Session
 from pico_edge.tokenizer import SimpleTokenizer
 from pico_edge.train.model import GPT
