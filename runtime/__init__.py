@@ -3,7 +3,17 @@
 Try: `Model("model.onnx").generate("Hello", max_new_tokens=20, seed=1).text`.
 """
 
-from pico_edge.runtime.generate import Generation, Model, Stream
+from pico_edge.runtime.generate import Generation, Model, Options, Stream
+from pico_edge.runtime.score import TokenLogprob, TokenScore
 from pico_edge.runtime.session import Cache, Session
 
-__all__ = ["Cache", "Generation", "Model", "Session", "Stream"]
+__all__ = [
+    "Cache",
+    "Generation",
+    "Model",
+    "Options",
+    "Session",
+    "Stream",
+    "TokenLogprob",
+    "TokenScore",
+]

@@ -8,28 +8,26 @@ Try: `Model("model.onnx").generate("Hello", max_new_tokens=20, seed=1).text`.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import numbers
 import os
 import secrets
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter as clock
-from typing import Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
-import numpy as np
-
+from pico_edge import artefact
+from pico_edge.artefact import tokens_kept
 from pico_edge.config import GPTConfig
 from pico_edge.errors import ArtefactError, UsageError
+from pico_edge.runtime.adjust import Adjuster, Token, adjusts, resolve_banned, resolve_bias
 from pico_edge.runtime.philox import uniforms
 from pico_edge.runtime.portable import PortableCache
-from pico_edge.runtime.sampling import (
-    ContextOverflow,
-    Logits,
-    Sampler,
-    Sampling,
-    check_seed,
-    penalize,
-)
+from pico_edge.runtime.prefix import KeptCache
+from pico_edge.runtime.sampling import ContextOverflow, Logits, Sampler, Sampling, check_seed
+from pico_edge.runtime.score import TokenLogprob, TokenScore, score_ids, token_logprob
 from pico_edge.runtime.session import Cache, Session
 from pico_edge.tokenizer import TextStream, Tokenizer
 
@@ -41,7 +39,7 @@ FinishReason = Literal["length", "stop", "context", "eos", "cancelled"]
 
 @dataclass(frozen=True)
 class Generation:
-    """One finished text. `dataclasses.asdict` gives the JSON of `pico-edge generate --json`.
+    """One finished text. `to_dict` gives the JSON of `pico-edge generate --json`.
 
     text: the continuation, without the prompt, a stop or the end-of-text token. token_ids: the
     tokens drawn, also those of a stop, but no end-of-text; new_tokens is their number.
@@ -50,7 +48,8 @@ class Generation:
     "eos" the model ended the text, "cancelled" the caller did. time_to_first_token_s: seconds of
     wall clock from the tokenized prompt to the first token. The rates are those of this text alone,
     over the tokens of the prompt and over those after the first, without the time the reader of a
-    stream takes; 0.0 where nothing was measured.
+    stream takes; 0.0 where nothing was measured. logprobs: one per token of token_ids, None unless
+    asked for.
     """
 
     prompt: str
@@ -65,6 +64,14 @@ class Generation:
     provider: str
     threads: int
     seed: int
+    logprobs: list[TokenLogprob] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; without logprobs if nobody asked for them."""
+        values = dataclasses.asdict(self)
+        if self.logprobs is None:
+            del values["logprobs"]
+        return values
 
 
 class Options(TypedDict, total=False):
@@ -72,22 +79,35 @@ class Options(TypedDict, total=False):
 
     Those of Sampling, and: stop: a text, or several, that end the generation and are no part of it.
     seed: 0 to 2**63 - 1; drawn and reported if missing. Row i of a batch draws as sample i, so a
-    batch of equal prompts gives different texts. allow_special: `<|endoftext|>` in a prompt is the
-    token of that name, not plain text. cancel: asked after every token, True ends the generation;
-    for signals and other threads.
+    batch of equal prompts gives different texts. logit_bias: token -> what is added to its logit;
+    banned_tokens: tokens that are never drawn; a token is an id or a text that is one token.
+    logprobs: True reports the log-probability of each token drawn under the model itself, a number
+    also those of so many of the likeliest. allow_special: `<|endoftext|>` in a prompt is the token
+    of that name, not plain text. cancel: asked after every token, True ends the generation; for
+    signals and other threads.
+
+    For a list of prompts, max_new_tokens and seed may be lists of one number per prompt, and stop a
+    list of one list of texts per prompt (`[["a"], []]`; `["a", "b"]` are two stops of every
+    prompt). With a list of seeds each row draws as sample 0: its text is that of the prompt alone.
     """
 
-    max_new_tokens: int | None
+    max_new_tokens: int | Sequence[int] | None
     temperature: float | None
     top_k: int | None
     top_p: float | None
     min_p: float | None
+    typical_p: float | None
     repetition_penalty: float | None
     presence_penalty: float | None
     frequency_penalty: float | None
+    no_repeat_ngram_size: int | None
+    min_new_tokens: int | None
     context_overflow: ContextOverflow | None
-    stop: str | Sequence[str] | None
-    seed: int | None
+    stop: str | Sequence[str] | Sequence[Sequence[str]] | None
+    seed: int | Sequence[int] | None
+    logit_bias: Mapping[Token, float] | None
+    banned_tokens: Sequence[Token] | None
+    logprobs: bool | int | None
     allow_special: bool | None
     cancel: Callable[[], bool] | None
 
@@ -96,6 +116,9 @@ class Model:
     """A `model.onnx` ready to generate; arguments and errors are those of Session.
 
     May be used again after an error, and by several threads: every call has a cache of its own.
+    reuse_prefix: keep the cache of the last generation of a single prompt; a prompt that begins as
+    that text did only computes the rest. The text is the same but for rounding: where two tokens
+    are almost equally likely it may depend on what was generated before.
     """
 
     def __init__(
@@ -104,6 +127,8 @@ class Model:
         provider: str = "auto",
         threads: str | int = "auto",
         allow_foreign: bool = False,
+        *,
+        reuse_prefix: bool = False,
     ) -> None:
         self.session = Session(
             path, provider=provider, threads=threads, allow_foreign=allow_foreign
@@ -119,6 +144,27 @@ class Model:
             self.sampling = Sampling(**self.session.sampling)
         except (TypeError, UsageError) as error:
             raise ArtefactError(f"{path}: sampling defaults: {error}") from error
+        self._kept = KeptCache() if reuse_prefix else None
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What the file says of itself, as plain values: a copy of its metadata.
+
+        Keys: format_version, config, tokenizer, sampling, export, provenance, parity; and file,
+        bytes, provider, threads.
+        """
+        session = self.session
+        metadata = {
+            key.removeprefix(artefact.KEY_PREFIX): copy.deepcopy(value)
+            for key, value in session.metadata.items()
+        }
+        return {
+            "file": str(session.path),
+            "bytes": session.path.stat().st_size,
+            "provider": session.provider,
+            "threads": session.threads,
+            **metadata,
+        }
 
     @overload
     def generate(self, prompt: str = "", **options: Unpack[Options]) -> Generation: ...
@@ -138,45 +184,104 @@ class Model:
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         texts = self._texts(prompts, options)
-        for _ in _run(self.session, texts, options.get("cancel")):
+        for _ in _run(self.session, texts, options.get("cancel"), self._kept):
             pass
+        _give_back(texts, self._kept)
         results = [text.generation(self.session) for text in texts]
         return results[0] if isinstance(prompt, str) else results
 
     def stream(self, prompt: str = "", **options: Unpack[Options]) -> Stream:
         """The text of `generate` in pieces, each as soon as it is valid UTF-8 and not a stop."""
         (text,) = self._texts([prompt], options)
-        return Stream(self.session, text, options.get("cancel"))
+        return Stream(self.session, text, options.get("cancel"), self._kept)
+
+    def score(self, text: str, *, allow_special: bool = False) -> list[TokenScore]:
+        """Log-probability of each token of a text, given those before it.
+
+        The first one is given end-of-text, as a text that is started from nothing: `exp` of the
+        sum is the probability that the model, unfiltered, writes this. A text longer than the
+        context is read in windows; each token says how many tokens were before it (`score_ids`).
+        """
+        if not isinstance(text, str):
+            raise UsageError(f"text is a {type(text).__name__}: expected text")
+        return score_ids(self.session, self.tokenizer.encode(text, allow_special=allow_special))
 
     def _texts(self, prompts: Sequence[str], options: Options) -> list[_Text]:
         """Check all arguments before any work is done."""
-        given = {name: value for name, value in options.items() if value is not None}
+        given: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
         given.pop("cancel", None)
         allow_special = bool(given.pop("allow_special", False))
-        stops = given.pop("stop", ())
-        stops = (stops,) if isinstance(stops, str) else tuple(stops)  # type: ignore[arg-type]
-        if not all(isinstance(stop, str) and stop for stop in stops):
-            raise UsageError(f"stop is {stops!r}: expected texts that are not empty")
+        n_top = _check_logprobs(given.pop("logprobs", False))
+        bias = resolve_bias(given.pop("logit_bias", None), self.tokenizer)
+        banned = resolve_banned(given.pop("banned_tokens", None), self.tokenizer)
+        stops = _stops(given.pop("stop", ()), len(prompts))
         seed = given.pop("seed", None)
         if seed is None:
             seed = secrets.randbelow(1 << 32)  # short enough to be typed again
-        check_seed(seed)
-        sampling = dataclasses.replace(self.sampling, **given)  # type: ignore[arg-type]
+        seeds, own_seeds = _per_prompt("seed", seed, len(prompts))
+        for each in seeds:
+            check_seed(each)
+        lengths, _ = _per_prompt(
+            "max_new_tokens",
+            given.pop("max_new_tokens", self.sampling.max_new_tokens),
+            len(prompts),
+        )
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise UsageError(f"prompt is a {type(prompt).__name__}: expected text")
+        if not prompts:
+            dataclasses.replace(self.sampling, **given)
         return [
             _Text(
                 prompt,
                 self.tokenizer.encode(prompt, allow_special=allow_special),
                 self.tokenizer,
-                sampling,
-                stops,
-                int(seed),  # type: ignore[call-overload]
-                number,
+                dataclasses.replace(self.sampling, max_new_tokens=lengths[number], **given),
+                stops[number],
+                int(seeds[number]),
+                0 if own_seeds else number,
+                bias,
+                banned,
+                n_top,
             )
             for number, prompt in enumerate(prompts)
         ]
+
+
+def _per_prompt(name: str, value: Any, n: int) -> tuple[list[Any], bool]:
+    """One value per prompt, and whether they were given so; `value` is one for all, or a list."""
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        return [value] * n, False
+    if len(value) != n:
+        raise UsageError(
+            f"{name} has {len(value)} values for {n} prompts: expected one, or one per prompt"
+        )
+    return list(value), True
+
+
+def _stops(stop: Any, n: int) -> list[tuple[str, ...]]:
+    """The stops of each prompt: the same for all, or, where `stop` holds a list, one list each."""
+    given = (stop,) if isinstance(stop, str) else tuple(stop)
+    own = any(isinstance(each, list | tuple) for each in given)
+    if own and len(given) != n:
+        raise UsageError(
+            f"stop has {len(given)} entries for {n} prompts: expected texts, or a list per prompt"
+        )
+    each_given = given if own else [given] * n
+    rows = [(row,) if isinstance(row, str) else tuple(row) for row in each_given]
+    for row in rows if own else [given]:
+        if not all(isinstance(text, str) and text for text in row):
+            raise UsageError(f"stop is {row!r}: expected texts that are not empty")
+    return rows
+
+
+def _check_logprobs(value: Any) -> int | None:
+    """How many of the likeliest tokens to report with each drawn one; None for no report."""
+    if isinstance(value, bool):
+        return 0 if value else None
+    if not isinstance(value, numbers.Integral) or value < 0:
+        raise UsageError(f"logprobs is {value!r}: expected True, or how many tokens, 0 or more")
+    return int(value)
 
 
 class Stream:
@@ -186,23 +291,49 @@ class Stream:
     """
 
     def __init__(
-        self, session: Session, text: _Text, cancel: Callable[[], bool] | None = None
+        self,
+        session: Session,
+        text: _Text,
+        cancel: Callable[[], bool] | None = None,
+        kept: KeptCache | None = None,
     ) -> None:
         self._session = session
         self._text = text
-        self._pieces = _run(session, [text], cancel)
+        self._cancel = cancel
+        self._cancelled = False
+        self._kept = kept
+        self._pieces = _run(session, [text], self._is_cancelled, kept)
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> str:
-        return next(self._pieces)[1]
+        if self._cancelled and self._text.finish_reason is None:
+            self.close()
+        for _, piece in self._pieces:
+            return piece
+        _give_back([self._text], self._kept)
+        raise StopIteration
 
     def close(self) -> None:
-        """Stop here and free the cache; `result` then is what came so far, "cancelled"."""
+        """Stop here and free the cache; `result` then is what came so far, "cancelled".
+
+        Only for the thread that reads; any other calls `cancel`.
+        """
         self._pieces.close()
         if self._text.finish_reason is None:
             self._text.finish_reason = "cancelled"
+        _give_back([self._text], self._kept)
+
+    def cancel(self) -> None:
+        """End after the token that is being made; may be called from any thread, at any time.
+
+        The reader then finds the end of the stream, and "cancelled" in its result.
+        """
+        self._cancelled = True
+
+    def _is_cancelled(self) -> bool:
+        return self._cancelled or (self._cancel is not None and self._cancel())
 
     @property
     def result(self) -> Generation:
@@ -213,13 +344,16 @@ class Stream:
 
 
 def _run(
-    session: Session, texts: Sequence[_Text], cancel: Callable[[], bool] | None
+    session: Session,
+    texts: Sequence[_Text],
+    cancel: Callable[[], bool] | None,
+    kept: KeptCache | None = None,
 ) -> Generator[tuple[int, str], None, None]:
-    """Make all texts, as one batch; yields (row, piece of its text) as they come.
+    """Make all texts, as one batch; yields (number of the text, piece of it) as they come.
 
-    When the window of block_size tokens of a row is full, it starts again with the newest half,
-    block_size // 2 tokens, or the text ends: `context_overflow`. What is before the window is not
-    seen any more. Each row does what it would do alone.
+    When the window of block_size tokens of a row is full, it starts again with its newest part
+    (`tokens_kept`), or the text ends: `context_overflow`. What is before the window is not seen any
+    more. Each row does what it would do alone; a row whose text has ended leaves the batch.
     """
     started = clock()
     paused = 0.0  # while the caller has the piece
@@ -229,48 +363,79 @@ def _run(
             text.finish_reason = "length"
         elif len(text.ids) > window and text.sampling.context_overflow == "stop":
             text.finish_reason = "context"
-    if all(text.finish_reason for text in texts):
+    numbered = [(n, text) for n, text in enumerate(texts) if text.finish_reason is None]
+    if not numbered:
         return
-    cache = session.new_cache(len(texts))
-    # A row that has ended is fed a token that nobody reads, to keep the batch in one piece.
-    logits = cache.prefill([[0] if text.finish_reason else text.ids[-window:] for text in texts])
+    cache, logits = _prefill(session, [text.ids[-window:] for _, text in numbered], kept)
+    if len(texts) == 1:
+        texts[0].cache = cache
     prefill_s = clock() - started
-    for text in texts:
+    for _, text in numbered:
         text.started, text.prefill_s = started, prefill_s
     n_vocab = session.tokenizer.n_vocab  # a padded vocabulary has rows that mean nothing
     rows = list(logits[:, :n_vocab])
-    token_ids = [0] * len(texts)
-    live = [(row, text) for row, text in enumerate(texts) if text.finish_reason is None]
-    idle = [row for row, text in enumerate(texts) if text.finish_reason is not None]
+    token_ids = [0] * len(numbered)
+    live = [(row, number, text) for row, (number, text) in enumerate(numbered)]
+    idle: list[int] = []  # rows without a text, where they cannot leave: fed, and never read
     while True:
         ended = False
-        for row, text in live:
+        for row, number, text in live:
             piece = text.draw(rows[row], full=cache.lengths[row] == window)
             now = clock()
             text.drawn_s.append(now - paused)
             if piece:
-                yield row, piece
+                yield number, piece
                 paused += clock() - now
             if text.finish_reason is not None:
                 ended = True
         if cancel is not None and cancel():
-            for _, text in live:
+            for _, _, text in live:
                 text.finish_reason = text.finish_reason or "cancelled"
             ended = True
         if ended:
-            idle += [row for row, text in live if text.finish_reason is not None]
-            live = [(row, text) for row, text in live if text.finish_reason is None]
-            if not live:
+            going = [each for each in live if each[2].finish_reason is None]
+            if not going:
                 return
+            kept_rows = cache.keep_rows([row for row, _, _ in going])
+            live = [(row, n, text) for row, (_, n, text) in zip(kept_rows, going, strict=True)]
+            idle = [row for row in range(cache.batch) if row not in kept_rows]
+            token_ids = [0] * cache.batch
         for row in idle:
             cache.truncate(row, 0)
-        for row, text in live:
+        for row, _, text in live:
             token_ids[row] = text.ids[-1]
             if cache.lengths[row] == window:
-                _slide(cache, row, text.ids, window // 2)
+                _slide(cache, row, text.ids, tokens_kept(window))
         after = cache.decode(token_ids)
         if after is not logits:
             logits, rows = after, list(after[:, :n_vocab])
+
+
+def _prefill(
+    session: Session, prompts: Sequence[list[int]], kept: KeptCache | None
+) -> tuple[Cache | PortableCache, Logits]:
+    """A cache that holds the prompts, and the logits (B, V) of the tokens after them."""
+    if kept is not None and len(prompts) == 1:
+        cache = kept.take(prompts[0])
+        if cache is not None and cache.lengths[0] > 0:
+            return cache, cache.append(0, prompts[0][cache.lengths[0] :])
+        if cache is not None:
+            return cache, cache.prefill(prompts)
+    cache = session.new_cache(len(prompts))
+    return cache, cache.prefill(prompts)
+
+
+def _give_back(texts: Sequence[_Text], kept: KeptCache | None) -> None:
+    """Keep the cache of a single text that has ended without an error, for the next prompt."""
+    if kept is None or len(texts) != 1:
+        return
+    (text,) = texts
+    cache, text.cache = text.cache, None
+    if cache is None:
+        return
+    # Not the last token, which was drawn and never decoded; end-of-text is not among the ids.
+    end = len(text.ids) if text.ended_itself else len(text.ids) - 1
+    kept.give(cache, text.ids[end - cache.lengths[0] : end])
 
 
 def _slide(cache: Cache | PortableCache, row: int, ids: list[int], keep: int) -> None:
@@ -292,11 +457,16 @@ class _Text:
         stops: tuple[str, ...],
         seed: int,
         number: int,
+        bias: Mapping[int, float],
+        banned: Sequence[int],
+        n_top: int | None,
     ) -> None:
         self.prompt = prompt
         self.ids = ids or [tokenizer.eot_id]
         self.sampling = sampling
         self.finish_reason: FinishReason | None = None
+        self.ended_itself = False  # drew end-of-text, which is not among the ids
+        self.cache: Cache | PortableCache | None = None  # set where the cache may be kept
         self.started = self.prefill_s = 0.0
         self.drawn_s: list[float] = []  # when each token was drawn
         self._n_prompt = len(self.ids)
@@ -310,28 +480,38 @@ class _Text:
         self._held = ""
         self._uniforms: list[float] = []  # of the positions to come, the next one last
         self._sampler = Sampler(sampling)
-        self._penalizes = sampling.penalizes
-        if self._penalizes:
-            self._seen = np.zeros(tokenizer.n_vocab, np.bool_)
-            self._seen[self.ids] = True
-            self._counts = np.zeros(tokenizer.n_vocab, np.int64)
+        self._min_end = self._n_prompt + sampling.min_new_tokens
+        self._adjuster: Adjuster | None = None
+        if adjusts(sampling, bias, banned):
+            self._adjuster = Adjuster(
+                sampling,
+                self.ids,
+                tokenizer.n_vocab,
+                eot_id=tokenizer.eot_id,
+                bias=bias,
+                banned=banned,
+            )
+        self._n_top = n_top
+        self._logprobs: list[TokenLogprob] = []
 
     def draw(self, logits: Logits, *, full: bool) -> str:
         """Choose the next token; the text that is ready to be shown. full: so is the window."""
-        if self._penalizes:
-            logits = penalize(logits, self._seen, self._counts, self.sampling)
+        plain = logits
+        if self._adjuster is not None:
+            logits = self._adjuster.adjust(logits)
         if not self._uniforms:
             ahead = uniforms(self._seed, len(self.ids), self._number, n=UNIFORMS_AHEAD)
             self._uniforms = ahead[::-1]
         u = self._uniforms.pop()
         token_id = self._sampler.draw(logits, u)
         if token_id == self._eot_id:
-            self.finish_reason = "eos"
+            self.finish_reason, self.ended_itself = "eos", True
             return self._ready("")
         self.ids.append(token_id)
-        if self._penalizes:
-            self._seen[token_id] = True
-            self._counts[token_id] += 1
+        if self._adjuster is not None:
+            self._adjuster.add(token_id)
+        if self._n_top is not None:
+            self._logprobs.append(token_logprob(plain, token_id, self._n_top))
         if len(self.ids) == self._end:
             self.finish_reason = "length"
         elif full and self.sampling.context_overflow == "stop":
@@ -347,7 +527,12 @@ class _Text:
         if self.finish_reason:
             piece += self._stream.flush()
         if self._stops:
-            piece, self._held, found = split_at_stop(self._held + piece, self._stops)
+            piece, self._held, found = split_at_stop(
+                self._held + piece,
+                self._stops,
+                searched=len(self._held),
+                may_end=len(self.ids) >= self._min_end,
+            )
             if found:
                 self.finish_reason = "stop"
             elif self.finish_reason:
@@ -374,19 +559,25 @@ class _Text:
             provider=session.provider,
             threads=session.threads,
             seed=self._seed,
+            logprobs=None if self._n_top is None else list(self._logprobs),
         )
 
 
-def split_at_stop(text: str, stops: Sequence[str]) -> tuple[str, str, bool]:
+def split_at_stop(
+    text: str, stops: Sequence[str], *, searched: int = 0, may_end: bool = True
+) -> tuple[str, str, bool]:
     """Text before the first stop, text that may be the start of one, and whether a stop is there.
 
     The first stop is the one complete first, the longest of these: how the text is cut into pieces
-    makes no difference.
+    makes no difference. searched: characters in which no stop may end any more. may_end: False only
+    holds back, and takes no stop for one.
     Example: "to be, o" and ["or"] -> "to be, ", "o", False; then "or" -> "", "", True.
     """
-    found = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
-    if found:
-        return text[: min(found)[1]], "", True
+    if may_end:
+        places = [(text.find(stop, max(0, searched - len(stop) + 1)), stop) for stop in stops]
+        found = [(at + len(stop), at) for at, stop in places if at >= 0]
+        if found:
+            return text[: min(found)[1]], "", True
     longest = min(len(text), max(map(len, stops)) - 1)
     for n in range(longest, 0, -1):
         if any(stop.startswith(text[-n:]) for stop in stops):

@@ -101,6 +101,16 @@ class PortableCache:
         self.lengths[row] = length
         self._rows[row] = [np.ascontiguousarray(part[:, :, :length]) for part in self._rows[row]]
 
+    def keep_rows(self, rows: Sequence[int]) -> list[int]:
+        """Drop all rows but these, given in ascending order; where each of them is now."""
+        rows = list(rows)
+        if not rows or rows != sorted(set(rows)) or rows[0] < 0 or rows[-1] >= self.batch:
+            raise ValueError(f"rows {rows}: expected some of 0 to {self.batch - 1}, ascending")
+        self.batch = len(rows)
+        self.lengths = [self.lengths[row] for row in rows]
+        self._rows = [self._rows[row] for row in rows]
+        return list(range(self.batch))
+
     def reset(self) -> None:
         """Forget everything."""
         for row in range(self.batch):

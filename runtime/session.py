@@ -236,13 +236,16 @@ class Cache:
         self._row_shape = (1, *shape[1:])
         self._row_bindings: dict[int, Any] = {}
         self._binding: Any = None  # of all rows, for prompts and for decode
-        self._bound_to_decode = False  # its small inputs and its logits are those of decode
+        self._bind_decode()
 
-        # The inputs of `decode`, one token per row, written in place at every step.
+    def _bind_decode(self) -> None:
+        """Make the inputs of `decode`, one token per row, written in place at every step."""
+        session, batch = self.session, self.batch
+        self._bound_to_decode = False  # the small inputs and logits of _binding are those of decode
         self._ids = np.zeros(batch, np.int64)
         self._positions = np.zeros(batch, np.int64)
         self._total = np.zeros((), np.int32)
-        self._logits: FloatArray = np.zeros((batch, config.vocab_size), session.logits_dtype)
+        self._logits: FloatArray = np.zeros((batch, self._vocab_size), session.logits_dtype)
         self._seqlens = np.zeros(batch, np.int32)
         rows = np.arange(batch, dtype=np.int64)
         self._decode_inputs = _small_inputs(
@@ -358,6 +361,38 @@ class Cache:
         self.lengths[row] = length
         if self._history is not None:
             del self._history[row][length:]
+
+    def keep_rows(self, rows: Sequence[int]) -> list[int]:
+        """Drop all rows but these, given in ascending order; where each of them is now.
+
+        On the CPU they move to the front and the batch shrinks. On a device the memory stays as it
+        is: dropped rows are emptied, and `decode` still wants a token for each.
+        Raises ValueError for rows that are not there, or out of order.
+        """
+        rows = list(rows)
+        if not rows or rows != sorted(set(rows)) or rows[0] < 0 or rows[-1] >= self.batch:
+            raise ValueError(f"rows {rows}: expected some of 0 to {self.batch - 1}, ascending")
+        if self.session.device != "cpu":
+            for row in set(range(self.batch)) - set(rows):
+                self.truncate(row, 0)
+            return rows
+        for array in self._arrays:
+            for to, row in enumerate(rows):
+                if to != row:
+                    n = self.lengths[row]
+                    array[to, :, :n] = array[row, :, :n]
+        self.batch = len(rows)
+        self.lengths = [self.lengths[row] for row in rows]
+        if self._history is not None:
+            self._history = [self._history[row] for row in rows]
+        self._arrays = [array[: self.batch] for array in self._arrays]
+        self._values = [
+            ort.OrtValue.ortvalue_from_numpy(array, self.session.device) for array in self._arrays
+        ]
+        self._row_bindings = {}
+        self._binding = None
+        self._bind_decode()
+        return list(range(self.batch))
 
     def reset(self) -> None:
         """Forget everything; the memory is used again."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pico_edge.artefact import SAMPLING_DEFAULTS
+from pico_edge.artefact import SAMPLING_DEFAULTS, tokens_kept
 from pico_edge.tokenizer import TextStream, Tokenizer
 from pico_edge.train.batches import val_batches
 from pico_edge.train.model import GPT, KV
@@ -98,20 +98,20 @@ def sample_text(
 ) -> str:
     """The prompt and its continuation by the model, drawn with a generator of its own.
 
-    Past block_size it goes on from the newest half of the window, as the runtime does.
+    Past block_size it goes on from the newest part of the window, as the runtime does.
     """
     device = next(model.parameters()).device
     block_size = model.config.block_size
-    half = max(1, block_size // 2)
+    kept = tokens_kept(block_size)
     generator = torch.Generator().manual_seed(seed)
     ids = tokenizer.encode(prompt) or [tokenizer.eot_id]
     n_prompt = len(ids)
-    new, past, cached = ids[-half:], None, 0
+    new, past, cached = ids[-kept:], None, 0
     was_training = model.training
     model.eval()
     for _ in range(max_new_tokens):
         if cached + len(new) > block_size:
-            new, past, cached = ids[-half:], None, 0
+            new, past, cached = ids[-kept:], None, 0
         logits, past = _next_logits(model, new, past, device)
         cached += len(new)
         new = [_draw(logits[: tokenizer.n_vocab], generator)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -58,6 +57,10 @@ def generate(
         float | None,
         _sampling("min_p", "Drop tokens less likely than P times the likeliest.", metavar="P"),
     ] = None,
+    typical_p: Annotated[
+        float | None,
+        _sampling("typical_p", "Draw from the least surprising tokens that hold P.", metavar="P"),
+    ] = None,
     repetition_penalty: Annotated[
         float | None, _sampling("repetition_penalty", "Above 1: repeat less.", metavar="R")
     ] = None,
@@ -68,6 +71,30 @@ def generate(
     frequency_penalty: Annotated[
         float | None,
         _sampling("frequency_penalty", "The same for each time it was drawn.", metavar="X"),
+    ] = None,
+    no_repeat_ngram_size: Annotated[
+        int | None,
+        _sampling("no_repeat_ngram_size", "No N tokens in a row twice, 0 = off.", metavar="N"),
+    ] = None,
+    min_new_tokens: Annotated[
+        int | None,
+        _sampling("min_new_tokens", "Neither end-of-text nor a stop before so many.", metavar="N"),
+    ] = None,
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TOKEN=X",
+            help="Add X to the logit of a token, by id or text. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    banned_tokens: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TOKEN",
+            help="Never draw this token, by id or text. Repeatable.",
+            show_default=False,
+        ),
     ] = None,
     stop: Annotated[
         list[str] | None,
@@ -89,12 +116,20 @@ def generate(
     context_overflow: Annotated[
         Literal["slide", "stop"] | None,
         _sampling(
-            "context_overflow", "When the context is full: go on with its newest half, or end."
+            "context_overflow", "When the context is full: go on with its newest third, or end."
         ),
     ] = None,
     stream: Annotated[
         bool, typer.Option("--stream/--no-stream", help="Print text as it is made.")
     ] = True,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="In --json: log-probability of each token, and of the N likeliest.",
+            show_default=False,
+        ),
+    ] = None,
     allow_special: Annotated[
         bool,
         typer.Option("--allow-special", help="<|endoftext|> in the prompt is the special token."),
@@ -124,11 +159,17 @@ def generate(
             "top_k": top_k,
             "top_p": top_p,
             "min_p": min_p,
+            "typical_p": typical_p,
             "repetition_penalty": repetition_penalty,
             "presence_penalty": presence_penalty,
             "frequency_penalty": frequency_penalty,
+            "no_repeat_ngram_size": no_repeat_ngram_size,
+            "min_new_tokens": min_new_tokens,
+            "logit_bias": dict(map(_bias, logit_bias or ())),
+            "banned_tokens": [_token(token) for token in banned_tokens or ()],
             "stop": stop or (),
             "seed": seed,
+            "logprobs": logprobs,
             "context_overflow": context_overflow,
             "allow_special": allow_special,
         }
@@ -136,7 +177,7 @@ def generate(
             samples = loaded.generate([text] * num_samples, **options)
             result = samples[0]
             if json_:
-                print_json({"samples": [dataclasses.asdict(sample) for sample in samples]})
+                print_json({"samples": [sample.to_dict() for sample in samples]})
             else:
                 write(SEPARATOR.join(f"{text}{sample.text}\n" for sample in samples))
         else:
@@ -149,7 +190,7 @@ def generate(
                     write(piece)
             result = pieces.result
             if json_:
-                print_json(dataclasses.asdict(result))
+                print_json(result.to_dict())
             else:
                 write("\n" if live else f"{text}{result.text}\n")
     if not quiet:
@@ -158,6 +199,23 @@ def generate(
             f" | decode {result.decode_tokens_per_second:.0f} tokens/s"
             f" | {result.provider}, threads {result.threads} | seed {result.seed}"
         )
+
+
+def _token(token: str) -> int | str:
+    """An id where it is a number, else the text of a token: the digit 7 itself goes by its id."""
+    return int(token) if token.isascii() and token.isdigit() else token
+
+
+def _bias(text: str) -> tuple[int | str, float]:
+    """A token and a number. Example: "a=-1.5" -> "a", -1.5."""
+    token, sign, number = text.rpartition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        sign = ""
+    if not sign:
+        raise UsageError(f"--logit-bias is {text!r}: expected TOKEN=NUMBER, as 10=-5 or a=2.5")
+    return _token(token), value
 
 
 def _read_prompt(prompt: str | None) -> str:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -26,9 +27,11 @@ FLAGS = {
         "--target"
     ),
     "generate": (
-        "--allow-foreign --allow-special --context-overflow --debug --frequency-penalty --json "
-        "--max-new-tokens --min-p --num-samples --presence-penalty --provider --quiet "
-        "--repetition-penalty --seed --stop --stream --temperature --threads --top-k --top-p"
+        "--allow-foreign --allow-special --banned-tokens --context-overflow --debug "
+        "--frequency-penalty --json --logit-bias --logprobs --max-new-tokens --min-new-tokens "
+        "--min-p --no-repeat-ngram-size --num-samples --presence-penalty --provider --quiet "
+        "--repetition-penalty --seed --stop --stream --temperature --threads --top-k --top-p "
+        "--typical-p"
     ),
     "train": (
         "--batch-size --beta1 --beta2 --bias --block-size --compile --debug --device --dropout "
@@ -97,6 +100,15 @@ def test_the_flags_are_those_that_were_decided() -> None:
         (["generate", "{tiny}", "x", "--num-samples", "0"], 2, "--num-samples is 0"),
         (["generate", "{tiny}", "x", "--threads", "0"], 2, "threads"),
         (["generate", "{tiny}", "x", "--stop", ""], 2, "stop"),
+        (["generate", "{tiny}", "x", "--typical-p", "0"], 2, "typical_p is 0"),
+        (["generate", "{tiny}", "x", "--no-repeat-ngram-size", "-1"], 2, "no_repeat_ngram_size is"),
+        (["generate", "{tiny}", "x", "--min-new-tokens", "-1"], 2, "min_new_tokens is -1"),
+        (["generate", "{tiny}", "x", "--logprobs", "-1"], 2, "logprobs is -1"),
+        (["generate", "{tiny}", "x", "--logit-bias", "a"], 2, "--logit-bias is 'a'.*TOKEN=NUMBER"),
+        (["generate", "{tiny}", "x", "--logit-bias", "a=b"], 2, "--logit-bias is 'a=b'"),
+        (["generate", "{tiny}", "x", "--logit-bias", "ab=1"], 2, "logit_bias: 'ab' is 2 tokens"),
+        (["generate", "{tiny}", "x", "--logit-bias", "a=nan"], 2, "logit_bias of 'a' is nan"),
+        (["generate", "{tiny}", "x", "--banned-tokens", "300"], 2, "banned_tokens: token 300"),
         (["generate", "{tmp}/none.onnx", "x"], 3, "none.onnx: No such file"),
         (["generate", "{tmp}", "x"], 3, "{tmp}"),
         (["generate", "{tmp}/empty", "x"], 3, "empty"),
@@ -172,6 +184,65 @@ def test_json_is_one_document_with_the_keys_of_the_contract(
     assert [sample.keys() for sample in samples] == [JSON_KEYS] * 3
     assert samples[0]["text"] == document["text"] != samples[1]["text"]
     assert captured.err == ""
+
+
+def generated(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    """The JSON of `generate` on the tiny model."""
+    assert cli._run(["generate", str(TINY), *arguments, "--json", "--quiet"]) == 0
+    return json.loads(capsys.readouterr().out)  # type: ignore[no-any-return]
+
+
+def test_prompts_and_lengths_at_the_ends_of_their_range(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Empty, blank, as long as the context and longer; no token, and more than ever come."""
+    assert generated(capsys, "", "-n", "3", "--min-new-tokens", "3")["prompt_tokens"] == 1
+    assert generated(capsys, "  \n", "-n", "3")["prompt_tokens"] == 3
+    assert generated(capsys, "x", "-n", "0")["text"] == ""
+    billion = ["-n", "1000000000", "--min-new-tokens", "1000000000", "--seed", "1"]
+    for n_prompt, n_new in ((62, 3), (64, 1), (65, 0), (500, 0)):
+        stopped = generated(capsys, "x" * n_prompt, *billion, "--context-overflow", "stop")
+        assert (stopped["finish_reason"], stopped["new_tokens"]) == ("context", n_new)
+        slid = generated(capsys, "x" * n_prompt, "-n", "70", "--min-new-tokens", "70")
+        assert (slid["finish_reason"], slid["new_tokens"]) == ("length", 70)
+        assert slid["prompt_tokens"] == n_prompt
+
+
+def test_one_seed_is_one_text_with_any_number_of_threads(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And twice, streamed or not, or as the first of several samples."""
+    flags = ["Hi", "--seed", "5", "-n", "80"]
+    text = generated(capsys, *flags)["text"]
+    for more in ((), ("--threads", "1"), ("--threads", "4"), ("--no-stream",)):
+        assert generated(capsys, *flags, *more)["text"] == text
+    assert generated(capsys, *flags, "--num-samples", "3")["samples"][0]["text"] == text
+
+
+def test_a_prompt_of_a_million_characters_is_cut_to_the_context() -> None:
+    done = run("generate", str(TINY), "-n", "3", "--json", "--quiet", stdin=b"a" * 10**6)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["prompt_tokens"] == 10**6
+
+
+def test_biases_bans_and_logprobs_are_given_by_id_or_text(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = ["Hi", "-n", "4", "--seed", "1"]
+    assert generated(capsys, *flags, "--logit-bias", "z=100")["text"] == "zzzz"
+    assert generated(capsys, *flags, "--logit-bias", "122=100")["text"] == "zzzz"
+    assert generated(capsys, *flags, "--logit-bias", "==100")["text"] == "===="
+    banned = ["--logit-bias", "z=100", "--logit-bias", "y=90", "--banned-tokens", "z"]
+    assert generated(capsys, *flags, *banned)["text"] == "yyyy"
+    assert generated(capsys, *flags, *banned, "--banned-tokens", "121")["text"] not in (
+        "yyyy",
+        "zzzz",
+    )
+    made = generated(capsys, *flags, "--logprobs", "2")
+    assert made.keys() == JSON_KEYS | {"logprobs"}
+    assert [entry["token_id"] for entry in made["logprobs"]] == made["token_ids"]
+    assert [len(entry["top"]) for entry in made["logprobs"]] == [2] * 4
+    assert generated(capsys, *flags, "--logprobs", "0")["logprobs"][0]["top"] == []
 
 
 def test_streaming_or_not_the_text_is_the_same(capsys: pytest.CaptureFixture[str]) -> None:

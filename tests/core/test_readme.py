@@ -170,3 +170,15 @@ def test_the_exit_codes_in_the_readme_are_those_of_the_errors() -> None:
     assert said in text
     errors = (PicoEdgeError, UsageError, ArtefactError, DivergedError)
     assert [error.exit_code for error in errors] == [1, 2, 3, 4]
+
+
+def test_the_python_of_the_readme_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.onnx").write_bytes((ROOT / "tests/data/tiny.onnx").read_bytes())
+    blocks = [block for block in BLOCKS if "from pico_edge" in block]
+    assert blocks
+    for block in blocks:
+        exec(block, {})
+    assert "block_size" in capsys.readouterr().out

@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
+from pico_edge.artefact import tokens_kept
 from pico_edge.runtime import Model
 from pico_edge.runtime.session import Session
 from pico_edge.tokenizer import SimpleTokenizer
@@ -227,3 +228,28 @@ def test_the_same_seed_gives_the_same_text(int8_path: Path) -> None:
     second = Model(int8_path, threads=2).generate("Hello", max_new_tokens=80, seed=7)
     other = Model(int8_path, threads=1).generate("Hello", max_new_tokens=80, seed=8)
     assert first.text == second.text != other.text
+
+
+def test_a_text_past_the_context_is_that_of_torch_on_the_same_windows(
+    fp32_path: Path, model: GPT
+) -> None:
+    """Greedy, over three refills: each token the likeliest of a full forward of its window."""
+    runtime = Model(fp32_path, threads=1)
+    window = model.config.block_size
+    keep = tokens_kept(window)
+    n = window + 2 * (window - keep) + 20
+    made = runtime.generate("The ", max_new_tokens=n, min_new_tokens=n, temperature=0)
+    assert made.new_tokens == n
+    ids = [*runtime.tokenizer.encode("The "), *made.token_ids]
+    start = 0
+    refills = 0
+    for at in range(4, len(ids)):
+        if at - start > window:
+            start, refills = at - keep, refills + 1
+        if at % 5 and at - start not in (1, keep, keep + 1, window):
+            continue  # a forward of torch takes longer than all else here
+        with torch.no_grad():
+            logits = model(torch.tensor([ids[start:at]]))[0][0, -1, :N_VOCAB].numpy()
+        logits[runtime.tokenizer.eot_id] = -np.inf
+        assert logits[ids[at]] >= logits.max() - FP32_LOGITS
+    assert refills == 3

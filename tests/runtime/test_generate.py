@@ -1,6 +1,5 @@
 """Texts: seeds, batches, stops, streams, split characters, end of the context, bad arguments."""
 
-import dataclasses
 import itertools
 import os
 import re
@@ -51,14 +50,14 @@ def no_end(model, **changes):
 def slow_ids(model, prompt, n, *, seed, number=0):
     """The tokens of a text by one call of the whole window per token: nothing cached, no batch.
 
-    The window rule is that of the loop: when block_size tokens are in it, the newest half goes on.
+    The window rule is that of the loop: when block_size tokens are in it, the newest third goes on.
     """
     window = model.config.block_size
     ids = model.tokenizer.encode(prompt) or [model.tokenizer.eot_id]
     n_prompt, start = len(ids), max(0, len(ids) - window)
     while len(ids) - n_prompt < n:
         if len(ids) - start > window:
-            start = len(ids) - window // 2
+            start = len(ids) - window // 3
         logits = model.session.new_cache().prefill([ids[start:]])[0, : model.tokenizer.n_vocab]
         token_id = sample(logits, uniform(seed, len(ids), number), model.sampling)
         if token_id == model.tokenizer.eot_id:
@@ -198,6 +197,15 @@ def test_only_what_may_start_a_stop_is_held_back(scripted):
     assert list(stream) == ["a", "<b", "<|c"]
 
 
+def test_a_stop_that_came_before_the_least_length_is_text_for_good(scripted):
+    """Also where it is held back because a longer one may begin with it."""
+    options = {"max_new_tokens": 5, "min_new_tokens": 3, "stop": ["b", "abc"]}
+    made = scripted(*b"abxab").generate("q", **options)
+    assert (made.text, made.finish_reason) == ("abxa", "stop")
+    made = scripted(*b"abcab").generate("q", **options)
+    assert (made.text, made.finish_reason) == ("", "stop")  # the longer one ends in time
+
+
 def test_a_stop_in_the_prompt_does_not_end_the_text(scripted):
     made = scripted(*b"abc").generate("stop", max_new_tokens=3, stop=["stop", "pa"])
     assert made.text == "abc"
@@ -284,7 +292,7 @@ def test_penalties_reach_the_sampler(model):
 def test_generation_has_the_fields_of_the_json(model):
     made = model.generate(HELLO, max_new_tokens=5, seed=1)
     assert isinstance(made, Generation)
-    assert list(dataclasses.asdict(made)) == [
+    assert list(made.to_dict()) == [
         "prompt",
         "text",
         "token_ids",

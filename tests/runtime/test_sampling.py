@@ -11,8 +11,10 @@ from scipy import stats
 
 from pico_edge.artefact import SAMPLING_DEFAULTS
 from pico_edge.errors import PicoEdgeError, UsageError
+from pico_edge.runtime.adjust import Adjuster
 from pico_edge.runtime.philox import uniform
 from pico_edge.runtime.sampling import (
+    SUM_ERRORS,
     Sampler,
     Sampling,
     check_seed,
@@ -47,6 +49,18 @@ def oracle(logits, u, s):
         nucleus.append(i)
         mass += weight[i]
     nucleus = [i for i in nucleus if weight[i] >= s.min_p]
+    if s.typical_p < 1:
+        nucleus = [i for i in nucleus if weight[i] > 0]
+        p = np.array([weight[i] for i in nucleus])
+        p /= p.sum()
+        entropy = -(p * np.log(p)).sum()
+        typical, mass = [], 0.0
+        for n in sorted(range(len(p)), key=lambda n: abs(-np.log(p[n]) - entropy)):
+            if mass >= s.typical_p:
+                break
+            typical.append(nucleus[n])
+            mass += p[n]
+        nucleus = [i for i in nucleus if i in typical]
     total, mass = sum(weight[i] for i in nucleus), 0.0
     for i in nucleus:
         mass += weight[i]
@@ -98,6 +112,15 @@ def test_draws_of_a_hand_computed_distribution(changes, u, token):
         ({"min_p": 0.3}, [1, 3, 2]),
         ({"min_p": 1.0}, [1]),
         ({"top_p": 0.95, "min_p": 0.6}, [1, 3]),
+        # -ln p of 1, 3, 2, 0: 0.916, 1.204, 1.609, 2.303; the entropy is 1.280: 3, 2, 1, 0.
+        ({"typical_p": 0.25}, [3]),
+        ({"typical_p": 0.45}, [3, 2]),
+        ({"typical_p": 0.55}, [1, 3, 2]),
+        ({"typical_p": 0.95}, [1, 3, 2, 0]),
+        # Of the two kept: 0.560, 0.847; 0.683.
+        ({"top_k": 2, "typical_p": 0.5}, [1]),
+        # At T 0.5 the four have 8/15, 3/10, 2/15, 1/30: 0.629, 1.204, 2.015, 3.401; 1.078.
+        ({"temperature": 0.5, "typical_p": 0.2}, [3]),
     ],
 )
 def test_tokens_kept_of_a_hand_computed_distribution(changes, tokens):
@@ -142,6 +165,7 @@ SETTINGS = st.builds(
     temperature=st.sampled_from([0.0, 1e-9, 0.3, 0.8, 1.0, 7.5]),
     top_k=st.integers(0, 60),
     top_p=st.floats(0.01, 1.0),
+    typical_p=st.sampled_from([0.2, 0.65, 1.0, 1.0]),
     min_p=st.sampled_from([0.0, 0.01, 0.37, 1.0]),
 )
 UNIFORM = st.integers(0, 2**53 - 1).map(lambda i: i * 2.0**-53)
@@ -247,6 +271,9 @@ def test_sampling_defaults_are_those_of_the_artefact():
         *(("top_k", value) for value in (-1, 1.5, "50", True)),
         *(("top_p", value) for value in (0, 1.5, -0.1, math.nan)),
         *(("min_p", value) for value in (-0.1, 1.01, math.nan)),
+        *(("typical_p", value) for value in (0, 1.5, math.nan)),
+        *(("no_repeat_ngram_size", value) for value in (-1, 2.0)),
+        *(("min_new_tokens", value) for value in (-1, 2.0)),
         *(("repetition_penalty", value) for value in (0, -1, math.inf)),
         *(("presence_penalty", value) for value in (math.nan, -math.inf)),
         *(("frequency_penalty", value) for value in (math.nan, "x")),
@@ -288,6 +315,161 @@ def test_a_seed_out_of_range_is_refused(seed):
 @pytest.mark.parametrize("seed", [0, 2**63 - 1, np.int64(5)])
 def test_seeds_of_63_bits_are_accepted(seed):
     check_seed(seed)
+
+
+def large_oracle(logits, u, s):
+    """`oracle` without top-k and typical-p, for many tokens: sorted, and added one by one."""
+    order = np.argsort(-logits, kind="stable")
+    weights = np.exp((logits[order].astype(np.float64) - float(logits[order[0]])) / s.temperature)
+    sums = np.cumsum(weights)
+    n = int((sums < s.top_p * sums[-1]).sum()) + 1 if s.top_p < 1 else len(sums)
+    n = min(n, int((weights >= s.min_p).sum()))
+    return int(order[int((sums[:n] <= u * sums[n - 1]).sum())])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"temperature": 0.3},
+        {"temperature": 1e-4},
+        {"top_p": 0.5},
+        {"top_p": 0.95},
+        {"top_p": 0.9999},
+        {"min_p": 0.1},
+        {"min_p": 1e-5},
+        {"top_p": 0.9, "min_p": 0.01},
+        {"top_p": 0.7, "min_p": 1e-4},
+    ],
+)
+def test_a_large_vocabulary_is_drawn_from_as_if_all_of_it_were_sorted(changes):
+    """Peaked, spread and flat in turn, so that each stage is begun with and fails."""
+    sampling = dataclasses.replace(PLAIN, **changes)
+    sampler = Sampler(sampling)
+    rng = np.random.default_rng(2)
+    for step, spread in enumerate((6, 2, 0.3, 0.3, 2, 2, 6, 6, 0.1, 6, 3, 2, 1) * 2):
+        logits = (rng.normal(size=20_000) * spread).astype(np.float32)
+        u = uniform(3, step)
+        expected = large_oracle(logits, u, sampling)
+        assert sampler.draw(logits, u) == sample(logits, u, sampling) == expected
+        half = logits.astype(np.float16)  # with many equal ones
+        assert sampler.draw(half, u) == large_oracle(half.astype(np.float32), u, sampling)
+
+
+@pytest.mark.parametrize("changes", [{}, {"top_p": 0.9}, {"top_p": 0.999, "min_p": 1e-4}])
+def test_draws_at_the_border_of_two_tokens_are_exact(changes):
+    """Where the sum in float32 cannot tell on which side of it u is, and where u decides top-p."""
+    sampling = dataclasses.replace(PLAIN, **changes)
+    sampler = Sampler(sampling)
+    for seed in range(3):
+        logits = (np.random.default_rng(seed).normal(size=20_000) * 4).astype(np.float32)
+        weights = np.exp(np.sort(logits)[::-1].astype(np.float64) - float(logits.max()))
+        p = weights / weights.sum()
+        for n in (1, 2, 5, 17, 60):
+            border = float(p[:n].sum())
+            for u in (border * (1 - 1e-9), border * (1 + 1e-9), border - 3e-6, border + 3e-6):
+                assert sampler.draw(logits, u) == large_oracle(logits, u, sampling)
+                top_p = dataclasses.replace(PLAIN, top_p=u)
+                assert sample(logits, 1 - 2**-53, top_p) == large_oracle(logits, 1 - 2**-53, top_p)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1, 3, 20, 80, 1e4])
+@pytest.mark.parametrize("temperature", [1e-3, 0.7, 30.0])
+def test_sums_of_exponentials_are_within_their_stated_error(spread, temperature):
+    rng = np.random.default_rng(4)
+    for size in (4097, 50_304, 300_000):
+        logits = (rng.normal(size=size) * spread).astype(np.float32)
+        exact = math.fsum(np.exp((logits.astype(np.float64) - float(logits.max())) / temperature))
+        for dtype, error in SUM_ERRORS.items():
+            shifted = np.subtract(logits, logits.max(), dtype=dtype)
+            shifted /= dtype.type(temperature)
+            assert abs(float(np.exp(shifted).sum()) / exact - 1) < error / 2
+
+
+def torch_distribution(torch, logits, ids, s, bias, banned):
+    """Probabilities (V,) after all steps, in torch's own operations; ids: the text, all drawn."""
+    x = torch.tensor(logits, dtype=torch.float64)
+    seen, counts = torch.unique(torch.tensor(ids), return_counts=True)
+    x[seen] = torch.where(
+        x[seen] > 0, x[seen] / s.repetition_penalty, x[seen] * s.repetition_penalty
+    )
+    x[seen] -= s.frequency_penalty * counts + s.presence_penalty
+    for token_id, value in bias.items():
+        x[token_id] += value
+    n = s.no_repeat_ngram_size
+    if n:
+        banned = [
+            *banned,
+            *(
+                g[-1]
+                for g in zip(*(ids[i:] for i in range(n)), strict=False)
+                if list(g[:-1]) == ids[len(ids) - n + 1 :]
+            ),
+        ]
+    x[banned] = -torch.inf
+    values, order = torch.sort(x / s.temperature, descending=True, stable=True)
+    if s.top_k:
+        values[s.top_k :] = -torch.inf
+    p = torch.softmax(values, 0)
+    p[(p.cumsum(0) - p) >= s.top_p] = 0
+    p[p < s.min_p * p[0]] = 0
+    p /= p.sum()
+    if s.typical_p < 1:
+        surprise = -torch.log(p)
+        distance = (surprise - torch.special.entr(p).sum()).abs()
+        nearest = torch.sort(distance, stable=True).indices
+        mass = p[nearest].cumsum(0) - p[nearest]
+        p[nearest[mass >= s.typical_p]] = 0
+        p /= p.sum()
+    result = torch.zeros_like(p)
+    result[order] = p
+    return result.numpy()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperature": 0.7},
+        {"top_k": 25},
+        {"top_p": 0.85},
+        {"min_p": 0.03},
+        {"typical_p": 0.5},
+        {"typical_p": 0.9, "top_k": 40},
+        {"repetition_penalty": 1.7, "presence_penalty": 0.4, "frequency_penalty": 0.3},
+        {"no_repeat_ngram_size": 2},
+        {
+            "temperature": 1.3,
+            "top_k": 80,
+            "top_p": 0.95,
+            "min_p": 0.01,
+            "typical_p": 0.8,
+            "repetition_penalty": 1.2,
+            "no_repeat_ngram_size": 2,
+        },
+    ],
+)
+def test_frequencies_are_those_of_the_steps_in_torch(changes):
+    torch = pytest.importorskip("torch")
+    draws, V = 10_000, 300
+    logits = np.random.default_rng(6).normal(size=V).astype(np.float32) * 1.5
+    sampling = dataclasses.replace(PLAIN, **changes)
+    likely = np.argsort(-logits)[:4].tolist()
+    ids = [likely[0], likely[1], likely[0], likely[2], likely[0]]
+    bias, banned = {7: 4.0, likely[3]: -1.0}, [9, likely[2]]
+    adjuster = Adjuster(sampling, [], V, eot_id=0, bias=bias, banned=banned)
+    for token_id in ids:
+        adjuster.add(token_id)
+    p = torch_distribution(torch, logits, ids, sampling, bias, banned)
+    sampler = Sampler(sampling)
+    found = np.zeros(V)
+    for position in range(draws):
+        found[sampler.draw(adjuster.adjust(logits), uniform(12, position))] += 1
+    assert found[p == 0].sum() == 0
+    often = p * draws >= 10
+    expected = np.append(p[often], p[~often].sum()) * draws
+    counted = np.append(found[often], found[~often].sum())
+    expected, counted = expected[expected > 0], counted[expected > 0]
+    assert stats.chisquare(counted, expected * draws / expected.sum()).pvalue > 1e-3
 
 
 @pytest.mark.parametrize(
