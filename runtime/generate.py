@@ -31,11 +31,13 @@ from pico_edge.runtime.sampling import (
     penalize,
 )
 from pico_edge.runtime.session import Cache, Session
+from pico_edge.runtime.speculate import SPECULATE, Speculate, Speculation, speculate_with
 from pico_edge.tokenizer import TextStream, Tokenizer
 
 # Random numbers made at a time: between two steps a call costs 20 us, 0.6 a number.
 UNIFORMS_AHEAD = 32
 
+AnyCache = Cache | PortableCache | Speculation
 FinishReason = Literal["length", "stop", "context", "eos", "cancelled"]
 
 
@@ -50,7 +52,8 @@ class Generation:
     "eos" the model ended the text, "cancelled" the caller did. time_to_first_token_s: seconds of
     wall clock from the tokenized prompt to the first token. The rates are those of this text alone,
     over the tokens of the prompt and over those after the first, without the time the reader of a
-    stream takes; 0.0 where nothing was measured.
+    stream takes; 0.0 where nothing was measured. drafted_tokens: guesses of `speculate` that the
+    model checked, accepted_tokens: those that came.
     """
 
     prompt: str
@@ -65,6 +68,8 @@ class Generation:
     provider: str
     threads: int
     seed: int
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Options(TypedDict, total=False):
@@ -73,8 +78,9 @@ class Options(TypedDict, total=False):
     Those of Sampling, and: stop: a text, or several, that end the generation and are no part of it.
     seed: 0 to 2**63 - 1; drawn and reported if missing. Row i of a batch draws as sample i, so a
     batch of equal prompts gives different texts. allow_special: `<|endoftext|>` in a prompt is the
-    token of that name, not plain text. cancel: asked after every token, True ends the generation;
-    for signals and other threads.
+    token of that name, not plain text. speculate: check several guessed tokens in one call: "auto"
+    where it pays, "on", "off"; see `pico_edge.runtime.speculate`. cancel: asked after every token,
+    True ends the generation; for signals and other threads.
     """
 
     max_new_tokens: int | None
@@ -89,6 +95,7 @@ class Options(TypedDict, total=False):
     stop: str | Sequence[str] | None
     seed: int | None
     allow_special: bool | None
+    speculate: Speculate | None
     cancel: Callable[[], bool] | None
 
 
@@ -157,7 +164,11 @@ class Model:
         stops = (stops,) if isinstance(stops, str) else tuple(stops)  # type: ignore[arg-type]
         if not all(isinstance(stop, str) and stop for stop in stops):
             raise UsageError(f"stop is {stops!r}: expected texts that are not empty")
+        speculate = given.pop("speculate", "auto")
+        if speculate not in SPECULATE:
+            raise UsageError(f"speculate is {speculate!r}: expected {', '.join(SPECULATE)}")
         seed = given.pop("seed", None)
+        fixed = seed is not None
         if seed is None:
             seed = secrets.randbelow(1 << 32)  # short enough to be typed again
         check_seed(seed)
@@ -174,6 +185,8 @@ class Model:
                 stops,
                 int(seed),  # type: ignore[call-overload]
                 number,
+                speculate,  # type: ignore[arg-type]
+                fixed or sampling.temperature == 0 or sampling.top_k == 1,
             )
             for number, prompt in enumerate(prompts)
         ]
@@ -231,12 +244,14 @@ def _run(
             text.finish_reason = "context"
     if all(text.finish_reason for text in texts):
         return
-    cache = session.new_cache(len(texts))
+    cache: AnyCache = session.new_cache(len(texts))
     # A row that has ended is fed a token that nobody reads, to keep the batch in one piece.
     logits = cache.prefill([[0] if text.finish_reason else text.ids[-window:] for text in texts])
     prefill_s = clock() - started
     for text in texts:
         text.started, text.prefill_s = started, prefill_s
+    if len(texts) == 1:
+        cache = texts[0].speculation(session, cache)
     n_vocab = session.tokenizer.n_vocab  # a padded vocabulary has rows that mean nothing
     rows = list(logits[:, :n_vocab])
     token_ids = [0] * len(texts)
@@ -273,7 +288,7 @@ def _run(
             logits, rows = after, list(after[:, :n_vocab])
 
 
-def _slide(cache: Cache | PortableCache, row: int, ids: list[int], keep: int) -> None:
+def _slide(cache: AnyCache, row: int, ids: list[int], keep: int) -> None:
     """Refill a row so that it holds `keep` tokens once the last of the ids is decoded."""
     cache.truncate(row, 0)
     if keep > 1:
@@ -292,6 +307,8 @@ class _Text:
         stops: tuple[str, ...],
         seed: int,
         number: int,
+        speculate: Speculate,
+        fixed: bool,
     ) -> None:
         self.prompt = prompt
         self.ids = ids or [tokenizer.eot_id]
@@ -306,6 +323,9 @@ class _Text:
         self._stops = stops
         self._seed = seed
         self._number = number
+        self._speculate = speculate
+        self._fixed = fixed  # the same text must come again
+        self._speculation: Speculation | None = None
         self._pieces: list[str] = []
         self._held = ""
         self._uniforms: list[float] = []  # of the positions to come, the next one last
@@ -315,6 +335,13 @@ class _Text:
             self._seen = np.zeros(tokenizer.n_vocab, np.bool_)
             self._seen[self.ids] = True
             self._counts = np.zeros(tokenizer.n_vocab, np.int64)
+
+    def speculation(self, session: Session, cache: AnyCache) -> AnyCache:
+        """What to decode with: the cache, or one that checks drafts with it."""
+        self._speculation = speculate_with(
+            session, cache, self.ids, self._speculate, fixed=self._fixed
+        )
+        return self._speculation or cache
 
     def draw(self, logits: Logits, *, full: bool) -> str:
         """Choose the next token; the text that is ready to be shown. full: so is the window."""
@@ -374,6 +401,8 @@ class _Text:
             provider=session.provider,
             threads=session.threads,
             seed=self._seed,
+            drafted_tokens=self._speculation.drafted if self._speculation else 0,
+            accepted_tokens=self._speculation.accepted if self._speculation else 0,
         )
 
 

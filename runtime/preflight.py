@@ -759,9 +759,7 @@ class _Walk:
         if key == artefact.NGRAMS_KEY:
             most = artefact.MAX_NGRAMS_BYTES
         if end - start > most:
-            self.refuse(
-                f"metadata {key[:80]!r} has {end - start} bytes: expected at most {most}"
-            )
+            self.refuse(f"metadata {key[:80]!r} has {end - start} bytes: expected at most {most}")
         try:
             return json.loads(self.data[start:end].decode("utf-8"), parse_constant=_no_constant)
         except UnicodeDecodeError:

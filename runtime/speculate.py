@@ -7,12 +7,12 @@ and a draft only decides how many tokens a call brings. Knows ids and costs, not
 
 The logits of a call of two or more tokens do not depend on how many there are, to the bit; those of
 a single step differ by float rounding, and with `MatMulNBits` by codes that this moves (0.15 of
-logits of 26 at most, 0.02 on average). So which tokens come from which kind of call could change a
-text at a near tie, and is a function of the file, the text and the flags alone, never of time or of
-threads, where the text must be the same again: greedy, with a given seed, and with "on". Only
-otherwise "auto" measures what calls cost, and stops where drafts do not pay. A batch of several
-texts does not speculate, nor do files whose rows depend on each other, nor DirectML, which cannot
-append.
+logits of 26 at most, 0.02 on average): at a near tie another token may come. So which tokens share
+a call is a function of the file, the text and the flags alone, never of time or threads, wherever a
+text must be the same again: greedy, with a given seed, with "on", and in every file whose blocks
+are MatMulNBits, since a seed that was drawn is reported. Only otherwise "auto" measures what calls
+cost, and stops where drafts do not pay. A batch of several texts does not speculate, nor do files
+whose rows depend on each other, nor DirectML, which cannot append.
 
 Try: `Model("model.onnx").generate("To be", speculate="on").accepted`.
 """
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from time import perf_counter as clock
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,7 @@ from pico_edge.ngrams import MAX_ORDER, NGrams
 from pico_edge.runtime.session import Cache, Session
 
 Speculate = Literal["auto", "on", "off"]
+SPECULATE: tuple[Speculate, ...] = get_args(Speculate)
 FloatArray = npt.NDArray[np.floating[Any]]
 Ids = Sequence[int] | npt.NDArray[np.integer[Any]]
 
@@ -74,12 +75,12 @@ def slope_for(export: dict[str, Any], config: GPTConfig, device: str) -> float:
 
 
 def speculate_with(
-    session: Session, cache: object, ids: list[int], end: int, wanted: Speculate, fixed: bool
+    session: Session, cache: object, ids: list[int], wanted: Speculate, *, fixed: bool
 ) -> Speculation | None:
     """What to decode one text with, or None for plain steps.
 
-    ids: the text, to which the caller adds each token before it decodes it. end: the length at
-    which it ends. fixed: the text must be the same again, see the module.
+    ids: the text, to which the caller adds each token before it decodes it. fixed: a seed was
+    given, or none is used. How long the text is to be makes no difference.
     """
     config = session.config
     if wanted == "off" or not isinstance(cache, Cache) or cache.batch != 1:
@@ -92,9 +93,8 @@ def speculate_with(
     return Speculation(
         cache,
         Drafter(ids, session.ngrams, session.tokenizer.n_vocab),
-        end,
         slope,
-        measures=wanted == "auto" and not fixed,
+        measures=wanted == "auto" and not fixed and slope != SLOPE_BLOCKS,
     )
 
 
@@ -134,8 +134,12 @@ class Drafter:
         if candidates[0][1] != token_id:  # what was drafted after it does not follow
             self._open = []
 
-    def draft(self, limit: int, price: float) -> tuple[list[int], float]:
-        """At most `limit` ids, as many as are likely to be worth it, and how many will be right.
+    def forget(self) -> None:
+        """Judge nothing of the last draft."""
+        self._open = []
+
+    def draft(self, limit: int, price: float) -> list[int]:
+        """At most `limit` ids, as many as are likely to be worth it.
 
         price: what a further token costs in a call, in tokens that plain steps would have made.
         """
@@ -176,7 +180,7 @@ class Drafter:
                 best, best_n = gain, len(drafted)
             if chance < price:
                 break
-        return drafted[:best_n], best
+        return drafted[:best_n]
 
     def _lookup(self) -> tuple[int, int]:
         """Where the end of the text came before: the place after it, and the tokens that match."""
@@ -202,14 +206,11 @@ class Speculation:
     drafted, accepted: tokens sent with others to be checked, and those of them that came.
     """
 
-    def __init__(
-        self, cache: Cache, drafter: Drafter, end: int, slope: float, *, measures: bool
-    ) -> None:
+    def __init__(self, cache: Cache, drafter: Drafter, slope: float, *, measures: bool) -> None:
         self.cache = cache
         self.lengths = list(cache.lengths)  # without what is drafted and not drawn yet
         self.drafted = self.accepted = 0
         self._drafter = drafter
-        self._end = end
         self._slope = slope
         self._measures = measures
         self._step_s = 0.0  # a running mean of plain steps
@@ -244,13 +245,12 @@ class Speculation:
         if self.cache.lengths[0] != before:
             self.cache.truncate(0, before)
         self._sent, self._at = [], 0
-        if self._tokens >= WINDOW:
-            self._judge()
+        if self._tokens >= WINDOW and not self._pays():
+            return self._step(token_ids)
         started = clock() if self._measures else 0.0
-        ids = self._drafter.ids
-        limit = min(MAX_DRAFT, self.cache.capacity - before - 1, self._end - len(ids) - 1)
+        limit = min(MAX_DRAFT, self.cache.capacity - before - 1)
         rate = max(1.0, self._tokens / self._cost) if self._tokens >= WINDOW // 4 else 1.0
-        drafted, _ = self._drafter.draft(limit, self._slope * rate) if limit > 0 else ([], 0.0)
+        drafted = self._drafter.draft(limit, self._slope * rate) if limit > 0 else []
         if not drafted:
             logits = self._step(token_ids)
             self._cost += (clock() - started) / self._step_s if self._measures else 1.0
@@ -279,14 +279,17 @@ class Speculation:
             self._step_s = elapsed
         return logits
 
-    def _judge(self) -> None:
-        """Go on, or make plain steps for a while."""
-        if self._tokens < MIN_GAIN * self._cost:
+    def _pays(self) -> bool:
+        """Whether drafts paid lately; if not, plain steps follow for a while."""
+        pays = self._tokens >= MIN_GAIN * self._cost
+        self._tokens, self._cost = 0, 0.0
+        if pays:
+            self._pause = WINDOW
+        else:
             self._paused = self._pause
             self._pause = min(2 * self._pause, MAX_PAUSE)
-        else:
-            self._pause = WINDOW
-        self._tokens, self._cost = 0, 0.0
+            self._drafter.forget()
+        return pays
 
     def truncate(self, row: int, length: int) -> None:
         """As Cache.truncate; what is drafted is forgotten."""

@@ -53,6 +53,8 @@ JSON_KEYS = {
     "provider",
     "threads",
     "seed",
+    "drafted_tokens",
+    "accepted_tokens",
 }
 
 
