@@ -74,6 +74,13 @@ def slope_for(export: dict[str, Any], config: GPTConfig, device: str) -> float:
     return SLOPE_FLOATS if "float32" in forms or "float16" in forms else SLOPE_BLOCKS
 
 
+def measures(wanted: Speculate, fixed: bool, export: dict[str, Any], device: str) -> bool:
+    """Whether time may decide: only where no text that must come again can depend on it."""
+    forms = export.get("weights", {})
+    exact = device == "cpu" and ("rows" in forms or "float32" in forms)
+    return wanted == "auto" and not fixed and exact
+
+
 def speculate_with(
     session: Session, cache: object, ids: list[int], wanted: Speculate, *, fixed: bool
 ) -> Speculation | None:
@@ -94,7 +101,7 @@ def speculate_with(
         cache,
         Drafter(ids, session.ngrams, session.tokenizer.n_vocab),
         slope,
-        measures=wanted == "auto" and not fixed and slope != SLOPE_BLOCKS,
+        measures=measures(wanted, fixed, session.export, session.device),
     )
 
 

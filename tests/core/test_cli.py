@@ -28,7 +28,8 @@ FLAGS = {
     "generate": (
         "--allow-foreign --allow-special --context-overflow --debug --frequency-penalty --json "
         "--max-new-tokens --min-p --num-samples --presence-penalty --provider --quiet "
-        "--repetition-penalty --seed --stop --stream --temperature --threads --top-k --top-p"
+        "--repetition-penalty --seed --speculate --stop --stream --temperature --threads --top-k "
+        "--top-p"
     ),
     "train": (
         "--batch-size --beta1 --beta2 --bias --block-size --compile --debug --device --dropout "
