@@ -62,6 +62,7 @@ def write_metadata(
         },
         artefact.PARITY_KEY: {},
     }
+    model.metadata_props.pop(artefact.NGRAMS_KEY, None)  # of the fp32 file of the same graph
     if checkpoint.ngrams is not None and target.name in SPECULATE:
         values[artefact.NGRAMS_KEY] = checkpoint.ngrams.to_dict()
     for key, value in values.items():
