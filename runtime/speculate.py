@@ -39,12 +39,14 @@ MAX_DRAFT = 15  # tokens; with the one before them 16 rows, two to four tiles of
 # Below this many weights in the blocks a step takes less than 60 us, and drafting 5 to 10: "auto"
 # is off.
 MIN_WEIGHTS = 2 << 20
-# What a further token costs in one call, in steps, where it is not measured: see NOTES.md. Blocks
-# are MatMulNBits, which works on two rows at a time.
+# What a further token costs in one call, in steps, where it is not measured: see NOTES.md.
 SLOPE_FLOATS = 0.1
 SLOPE_ROWS = 0.08
-SLOPE_BLOCKS = 0.35
+SLOPE_BLOCKS = 0.4  # MatMulNBits: compute decides, not memory, so rows are hardly shared
+SLOPE_WIDE_BLOCKS = 0.2
 SLOPE_DEVICE = 0.05
+WIDE = 512
+DRAFTING = 0.05  # what looking for a draft costs, in steps
 
 # The shortest end of the text that is looked up in it: bytes say less than other tokens.
 LOOKUP_BYTES, LOOKUP = 4, 2
@@ -57,8 +59,8 @@ LOOKUP_CHANCES = (0.4, 0.4, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.8
 PRIOR = 8.0
 MEMORY = 64.0  # trials after which older ones count half
 SURE = 0.8  # with such a chance the lookup alone decides, without the table's 2 us
-# Drafting itself costs a few percent of a step: where it gains less than that over WINDOW tokens,
-# plain steps follow, for twice as many tokens each time.
+# Where drafts gain less than this over WINDOW tokens, plain steps follow, for twice as many tokens
+# each time.
 WINDOW = 64
 MIN_GAIN = 1.03
 MAX_PAUSE = 1024
@@ -71,7 +73,9 @@ def slope_for(export: dict[str, Any], config: GPTConfig, device: str) -> float:
     forms = export.get("weights", {})
     if "rows" in forms:
         return SLOPE_ROWS
-    return SLOPE_FLOATS if "float32" in forms or "float16" in forms else SLOPE_BLOCKS
+    if "float32" in forms or "float16" in forms:
+        return SLOPE_FLOATS
+    return SLOPE_WIDE_BLOCKS if config.n_embd >= WIDE else SLOPE_BLOCKS
 
 
 def measures(wanted: Speculate, fixed: bool, export: dict[str, Any], device: str) -> bool:
@@ -260,7 +264,7 @@ class Speculation:
         drafted = self._drafter.draft(limit, self._slope * rate) if limit > 0 else []
         if not drafted:
             logits = self._step(token_ids)
-            self._cost += (clock() - started) / self._step_s if self._measures else 1.0
+            self._cost += (clock() - started) / self._step_s if self._measures else 1.0 + DRAFTING
             return logits
         self._logits = self.cache.verify([token_id, *drafted])
         self._sent = drafted
@@ -270,7 +274,7 @@ class Speculation:
             self._cost += cost
             self._slope += 0.1 * (max(cost - 1.0, 0.0) / len(drafted) - self._slope)
         else:
-            self._cost += 1.0 + self._slope * len(drafted)
+            self._cost += 1.0 + DRAFTING + self._slope * len(drafted)
         return self._logits[:1]
 
     def _step(self, token_ids: Ids) -> FloatArray:
