@@ -185,7 +185,7 @@ class Model:
                 stops,
                 int(seed),  # type: ignore[call-overload]
                 number,
-                speculate,  # type: ignore[arg-type]
+                speculate,
                 fixed or sampling.temperature == 0 or sampling.top_k == 1,
             )
             for number, prompt in enumerate(prompts)
@@ -244,14 +244,13 @@ def _run(
             text.finish_reason = "context"
     if all(text.finish_reason for text in texts):
         return
-    cache: AnyCache = session.new_cache(len(texts))
+    new = session.new_cache(len(texts))
     # A row that has ended is fed a token that nobody reads, to keep the batch in one piece.
-    logits = cache.prefill([[0] if text.finish_reason else text.ids[-window:] for text in texts])
+    logits = new.prefill([[0] if text.finish_reason else text.ids[-window:] for text in texts])
     prefill_s = clock() - started
     for text in texts:
         text.started, text.prefill_s = started, prefill_s
-    if len(texts) == 1:
-        cache = texts[0].speculation(session, cache)
+    cache = texts[0].speculation(session, new) if len(texts) == 1 else new
     n_vocab = session.tokenizer.n_vocab  # a padded vocabulary has rows that mean nothing
     rows = list(logits[:, :n_vocab])
     token_ids = [0] * len(texts)

@@ -156,7 +156,8 @@ class Drafter:
         """
         self._open, self._judged = opened, _ = [], 0
         ids, place, match = self.ids, *self._lookup()
-        n, drafted, tail = len(ids), [], ids[-MAX_ORDER:]
+        drafted: list[int] = []
+        n, tail = len(ids), ids[-MAX_ORDER:]
         chance, expected, best, best_n = 1.0, 0.0, 0.0, 0
         tries, hits, table = self._tries, self._hits, self._table
         while len(drafted) < limit:
