@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Of the int8 cache in GroupQueryAttention: 1.24.4 refuses the graph, 1.26.0 fails to run it.
 MIN_ONNXRUNTIME_INT8_CACHE = "1.28"
+# Targets whose files can check several drafted tokens in one call: only these get the table.
+SPECULATE = ("cpu", "cuda")
 
 
 def write_metadata(
@@ -60,6 +62,9 @@ def write_metadata(
         },
         artefact.PARITY_KEY: {},
     }
+    model.metadata_props.pop(artefact.NGRAMS_KEY, None)  # of the fp32 file of the same graph
+    if checkpoint.ngrams is not None and target.name in SPECULATE:
+        values[artefact.NGRAMS_KEY] = checkpoint.ngrams.to_dict()
     for key, value in values.items():
         model.metadata_props[key] = dumps(value)
 

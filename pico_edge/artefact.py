@@ -49,10 +49,11 @@ KEYS = (
     PROVENANCE_KEY,
     PARITY_KEY,
 )
-# A table for n-gram drafts; files without it have none.
+# A table for n-gram drafts (`pico_edge.ngrams`); files without it have none.
 NGRAMS_KEY = KEY_PREFIX + "ngrams"
 OPTIONAL_KEYS = (NGRAMS_KEY,)
 MAX_METADATA_BYTES = 16 << 20  # per value
+MAX_NGRAMS_BYTES = 256 << 10
 
 # Which execution provider of onnxruntime a file of each target is made for. `web` is made for
 # onnxruntime's build for browsers, and `portable` for any runtime: here the CPU runs them.

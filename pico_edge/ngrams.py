@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pico_edge.artefact import MAX_NGRAMS_BYTES as MAX_BYTES  # of the JSON of to_dict
 from pico_edge.errors import ArtefactError
 
-MAX_BYTES = 256 << 10  # of the JSON of to_dict
 MAX_ORDER = 16
 # A context is known by the last 24 bits of its hash; the highest 8 of these are not stored, the
 # entries are sorted by them and counted instead.
@@ -30,6 +30,7 @@ _JSON_BYTES = 300  # more than what to_dict has around its base64
 MULTIPLIER = 0x9E3779B97F4A7C15
 SHIFT = 29
 _MASK = (1 << 64) - 1
+_SHIFT_TO_KEY = 64 - BITS
 
 
 class NGrams:
@@ -59,28 +60,28 @@ class NGrams:
         return len(self.keys)
 
     def draft(self, ids: Sequence[int], n: int) -> list[int]:
-        """At most n ids that may follow these; fewer, or none, where the table has no opinion.
+        """At most n ids that may follow these; fewer, or none, where the table has no opinion."""
+        recent = list(ids[-self.max_order :])
+        drafted: list[int] = []
+        while len(drafted) < n and (found := self.next(recent)):
+            drafted.append(found[0])
+            recent.append(found[0])
+        return drafted
 
-        The longest known context decides. Takes about 1 us for each id and 5 ms at the first call.
+    def next(self, ids: Sequence[int]) -> tuple[int, int] | None:
+        """The id that may follow these, and the length of the longest known context, which decides.
+
+        None where no context is known. Takes 2 us, and 5 ms at the first call.
         """
         if self._next is None:
             self._next = dict(zip(self.keys.tolist(), self.following.tolist(), strict=True))
-        get, shift = self._next.get, 64 - BITS
-        recent = list(ids[-self.max_order :])
-        drafted: list[int] = []
-        for _ in range(n):
-            key, found = 0, None
-            for order, token_id in enumerate(reversed(recent), start=1):
-                key = (key + token_id + 1) * MULTIPLIER & _MASK
-                key ^= key >> SHIFT
-                if order >= self.min_order:
-                    found = get(key >> shift, found)
-            if found is None:
-                break
-            drafted.append(found)
-            recent.append(found)
-            del recent[: -self.max_order]
-        return drafted
+        get, key, found, longest = self._next.get, 0, None, 0
+        for order, token_id in enumerate(ids[: -self.max_order - 1 : -1], start=1):
+            key = (key + token_id + 1) * MULTIPLIER & _MASK
+            key ^= key >> SHIFT
+            if order >= self.min_order and (known := get(key >> _SHIFT_TO_KEY)) is not None:
+                found, longest = known, order
+        return None if found is None else (found, longest)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values of at most MAX_BYTES; `from_dict` is the inverse."""

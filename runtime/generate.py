@@ -29,11 +29,13 @@ from pico_edge.runtime.prefix import KeptCache
 from pico_edge.runtime.sampling import ContextOverflow, Logits, Sampler, Sampling, check_seed
 from pico_edge.runtime.score import TokenLogprob, TokenScore, score_ids, token_logprob
 from pico_edge.runtime.session import Cache, Session
+from pico_edge.runtime.speculate import SPECULATE, Speculate, Speculation, speculate_with
 from pico_edge.tokenizer import TextStream, Tokenizer
 
 # Random numbers made at a time: between two steps a call costs 20 us, 0.6 a number.
 UNIFORMS_AHEAD = 32
 
+AnyCache = Cache | PortableCache | Speculation
 FinishReason = Literal["length", "stop", "context", "eos", "cancelled"]
 
 
@@ -49,7 +51,8 @@ class Generation:
     wall clock from the tokenized prompt to the first token. The rates are those of this text alone,
     over the tokens of the prompt and over those after the first, without the time the reader of a
     stream takes; 0.0 where nothing was measured. logprobs: one per token of token_ids, None unless
-    asked for.
+    asked for. drafted_tokens: guesses of `speculate` that the model checked, accepted_tokens: those
+    that came.
     """
 
     prompt: str
@@ -65,6 +68,8 @@ class Generation:
     threads: int
     seed: int
     logprobs: list[TokenLogprob] | None = None
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; without logprobs if nobody asked for them."""
@@ -83,8 +88,9 @@ class Options(TypedDict, total=False):
     banned_tokens: tokens that are never drawn; a token is an id or a text that is one token.
     logprobs: True reports the log-probability of each token drawn under the model itself, a number
     also those of so many of the likeliest. allow_special: `<|endoftext|>` in a prompt is the token
-    of that name, not plain text. cancel: asked after every token, True ends the generation; for
-    signals and other threads.
+    of that name, not plain text. speculate: check several guessed tokens in one call: "auto" where
+    it pays, "on", "off"; see `pico_edge.runtime.speculate`. cancel: asked after every token, True
+    ends the generation; for signals and other threads.
 
     For a list of prompts, max_new_tokens and seed may be lists of one number per prompt, and stop a
     list of one list of texts per prompt (`[["a"], []]`; `["a", "b"]` are two stops of every
@@ -109,6 +115,7 @@ class Options(TypedDict, total=False):
     banned_tokens: Sequence[Token] | None
     logprobs: bool | int | None
     allow_special: bool | None
+    speculate: Speculate | None
     cancel: Callable[[], bool] | None
 
 
@@ -215,7 +222,11 @@ class Model:
         bias = resolve_bias(given.pop("logit_bias", None), self.tokenizer)
         banned = resolve_banned(given.pop("banned_tokens", None), self.tokenizer)
         stops = _stops(given.pop("stop", ()), len(prompts))
+        speculate = given.pop("speculate", "auto")
+        if speculate not in SPECULATE:
+            raise UsageError(f"speculate is {speculate!r}: expected {', '.join(SPECULATE)}")
         seed = given.pop("seed", None)
+        fixed = seed is not None
         if seed is None:
             seed = secrets.randbelow(1 << 32)  # short enough to be typed again
         seeds, own_seeds = _per_prompt("seed", seed, len(prompts))
@@ -243,6 +254,8 @@ class Model:
                 bias,
                 banned,
                 n_top,
+                speculate,
+                fixed,
             )
             for number, prompt in enumerate(prompts)
         ]
@@ -366,12 +379,11 @@ def _run(
     numbered = [(n, text) for n, text in enumerate(texts) if text.finish_reason is None]
     if not numbered:
         return
-    cache, logits = _prefill(session, [text.ids[-window:] for _, text in numbered], kept)
-    if len(texts) == 1:
-        texts[0].cache = cache
+    made, logits = _prefill(session, [text.ids[-window:] for _, text in numbered], kept)
     prefill_s = clock() - started
     for _, text in numbered:
         text.started, text.prefill_s = started, prefill_s
+    cache = texts[0].decode_with(session, made) if len(texts) == 1 else made
     n_vocab = session.tokenizer.n_vocab  # a padded vocabulary has rows that mean nothing
     rows = list(logits[:, :n_vocab])
     token_ids = [0] * len(numbered)
@@ -426,19 +438,12 @@ def _prefill(
 
 
 def _give_back(texts: Sequence[_Text], kept: KeptCache | None) -> None:
-    """Keep the cache of a single text that has ended without an error, for the next prompt."""
-    if kept is None or len(texts) != 1:
-        return
-    (text,) = texts
-    cache, text.cache = text.cache, None
-    if cache is None:
-        return
-    # Not the last token, which was drawn and never decoded; end-of-text is not among the ids.
-    end = len(text.ids) if text.ended_itself else len(text.ids) - 1
-    kept.give(cache, text.ids[end - cache.lengths[0] : end])
+    """Keep the cache of a single text that has ended without an error."""
+    if kept is not None and len(texts) == 1:
+        texts[0].give_back(kept)
 
 
-def _slide(cache: Cache | PortableCache, row: int, ids: list[int], keep: int) -> None:
+def _slide(cache: AnyCache, row: int, ids: list[int], keep: int) -> None:
     """Refill a row so that it holds `keep` tokens once the last of the ids is decoded."""
     cache.truncate(row, 0)
     if keep > 1:
@@ -460,6 +465,8 @@ class _Text:
         bias: Mapping[int, float],
         banned: Sequence[int],
         n_top: int | None,
+        speculate: Speculate,
+        fixed: bool,
     ) -> None:
         self.prompt = prompt
         self.ids = ids or [tokenizer.eot_id]
@@ -476,6 +483,10 @@ class _Text:
         self._stops = stops
         self._seed = seed
         self._number = number
+        self._speculate = speculate
+        # The same text must come again.
+        self._fixed = fixed or sampling.temperature == 0 or sampling.top_k == 1
+        self._speculation: Speculation | None = None
         self._pieces: list[str] = []
         self._held = ""
         self._uniforms: list[float] = []  # of the positions to come, the next one last
@@ -493,6 +504,25 @@ class _Text:
             )
         self._n_top = n_top
         self._logprobs: list[TokenLogprob] = []
+
+    def decode_with(self, session: Session, cache: Cache | PortableCache) -> AnyCache:
+        """The cache, or one that checks drafts with it, for a text that has it for itself."""
+        self.cache = cache
+        self._speculation = speculate_with(
+            session, cache, self.ids, self._speculate, fixed=self._fixed
+        )
+        return self._speculation or cache
+
+    def give_back(self, kept: KeptCache) -> None:
+        """Keep the cache, if there is one, for the next prompt; called when the text has ended."""
+        cache, self.cache = self.cache, None
+        if cache is None:
+            return
+        if self._speculation is not None:  # without drafts that did not come
+            cache.truncate(0, min(cache.lengths[0], self._speculation.lengths[0]))
+        # Not the last token, which was drawn and never decoded; end-of-text is not among the ids.
+        end = len(self.ids) if self.ended_itself else len(self.ids) - 1
+        kept.give(cache, self.ids[end - cache.lengths[0] : end])
 
     def draw(self, logits: Logits, *, full: bool) -> str:
         """Choose the next token; the text that is ready to be shown. full: so is the window."""
@@ -560,6 +590,8 @@ class _Text:
             threads=session.threads,
             seed=self._seed,
             logprobs=None if self._n_top is None else list(self._logprobs),
+            drafted_tokens=self._speculation.drafted if self._speculation else 0,
+            accepted_tokens=self._speculation.accepted if self._speculation else 0,
         )
 
 

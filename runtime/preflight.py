@@ -744,8 +744,8 @@ class _Walk:
                 f"metadata of {total} bytes in all: expected at most {MAX_METADATA_TOTAL_BYTES}"
             )
         values = {key: self.json(key, *span) for key, span in spans.items()}
-        for key in artefact.KEYS[1:]:
-            if not isinstance(values[key], dict):
+        for key in (*artefact.KEYS[1:], *artefact.OPTIONAL_KEYS):
+            if not isinstance(values.get(key, {}), dict):
                 self.refuse(f"metadata {key} is not an object: {AGAIN}")
         try:
             config = GPTConfig.from_dict(values[artefact.CONFIG_KEY])
@@ -755,11 +755,11 @@ class _Walk:
         return values, config
 
     def json(self, key: str, start: int, end: int) -> Any:
-        if end - start > artefact.MAX_METADATA_BYTES:
-            self.refuse(
-                f"metadata {key[:80]!r} has {end - start} bytes: "
-                f"expected at most {artefact.MAX_METADATA_BYTES}"
-            )
+        most = artefact.MAX_METADATA_BYTES
+        if key == artefact.NGRAMS_KEY:
+            most = artefact.MAX_NGRAMS_BYTES
+        if end - start > most:
+            self.refuse(f"metadata {key[:80]!r} has {end - start} bytes: expected at most {most}")
         try:
             return json.loads(self.data[start:end].decode("utf-8"), parse_constant=_no_constant)
         except UnicodeDecodeError:

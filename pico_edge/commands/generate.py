@@ -119,6 +119,10 @@ def generate(
             "context_overflow", "When the context is full: go on with its newest third, or end."
         ),
     ] = None,
+    speculate: Annotated[
+        Literal["auto", "on", "off"],
+        typer.Option(help="Check several guessed tokens in one step: auto where it pays."),
+    ] = "auto",
     stream: Annotated[
         bool, typer.Option("--stream/--no-stream", help="Print text as it is made.")
     ] = True,
@@ -172,6 +176,7 @@ def generate(
             "logprobs": logprobs,
             "context_overflow": context_overflow,
             "allow_special": allow_special,
+            "speculate": speculate,
         }
         if num_samples > 1:
             samples = loaded.generate([text] * num_samples, **options)

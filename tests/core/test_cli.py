@@ -30,8 +30,8 @@ FLAGS = {
         "--allow-foreign --allow-special --banned-tokens --context-overflow --debug "
         "--frequency-penalty --json --logit-bias --logprobs --max-new-tokens --min-new-tokens "
         "--min-p --no-repeat-ngram-size --num-samples --presence-penalty --provider --quiet "
-        "--repetition-penalty --seed --stop --stream --temperature --threads --top-k --top-p "
-        "--typical-p"
+        "--repetition-penalty --seed --speculate --stop --stream --temperature --threads --top-k "
+        "--top-p --typical-p"
     ),
     "train": (
         "--batch-size --beta1 --beta2 --bias --block-size --compile --debug --device --dropout "
@@ -56,6 +56,8 @@ JSON_KEYS = {
     "provider",
     "threads",
     "seed",
+    "drafted_tokens",
+    "accepted_tokens",
 }
 
 
