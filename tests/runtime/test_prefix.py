@@ -124,3 +124,21 @@ def test_several_threads_never_get_the_same_cache():
     for thread in threads:
         thread.join()
     assert len(caches) == 1200
+
+
+def test_a_kept_cache_holds_no_draft_that_did_not_come():
+    """Drafts that were refused are still in the memory of the cache when the text ends."""
+    reusing, plain = [
+        Model(DATA / "tiny_fp32.onnx", "cpu", 1, reuse_prefix=r) for r in (True, False)
+    ]
+    prompt, refused = "to be or not to be or not to be", 0
+    for new in range(7, 15):
+        options = {"max_new_tokens": new, "temperature": 0.0, "speculate": "on"}
+        made = reusing.generate(prompt, **options)
+        assert made.text == plain.generate(prompt, **options).text
+        ids = reusing.tokenizer.encode(prompt) + made.token_ids
+        end = len(ids) if made.finish_reason == "eos" else len(ids) - 1
+        assert held(reusing) == ids[end - len(held(reusing)) : end]
+        refused += made.drafted_tokens - made.accepted_tokens
+        prompt += made.text[:5] + " or"
+    assert refused > 0
