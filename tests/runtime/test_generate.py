@@ -297,6 +297,8 @@ def test_generation_has_the_fields_of_the_json(model):
         "provider",
         "threads",
         "seed",
+        "drafted_tokens",
+        "accepted_tokens",
     ]
     assert (made.provider, made.threads, made.prompt_tokens) == ("cpu", 1, len(HELLO))
     assert all(type(i) is int for i in made.token_ids)
