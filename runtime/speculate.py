@@ -40,7 +40,7 @@ MAX_DRAFT = 15  # tokens; with the one before them 16 rows, two to four tiles of
 # is off.
 MIN_WEIGHTS = 2 << 20
 # What a further token costs in one call, in steps, where it is not measured: see NOTES.md.
-SLOPE_FLOATS = 0.1
+SLOPE_FLOATS = 0.15
 SLOPE_ROWS = 0.08
 SLOPE_BLOCKS = 0.4  # MatMulNBits: compute decides, not memory, so rows are hardly shared
 SLOPE_WIDE_BLOCKS = 0.2
