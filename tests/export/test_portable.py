@@ -17,6 +17,7 @@ from onnx.reference import ReferenceEvaluator
 
 from pico_edge import artefact
 from pico_edge.export.pipeline import export
+from pico_edge.runtime import Model
 from pico_edge.runtime.evaluate import evaluate
 from pico_edge.runtime.portable import CHUNK_TOKENS
 from pico_edge.runtime.session import Session
@@ -262,3 +263,21 @@ def test_transformers_gives_the_same_logits_and_text(fp32_file: Path, model: GPT
             full = other(torch.tensor([tokens])).logits[0, -1].numpy()
             logits = cache.decode(tokens[-1:])
             np.testing.assert_allclose(logits[0], full, atol=1e-4)
+
+
+def test_texts_of_a_batch_and_of_a_kept_cache_are_those_of_single_runs(fp32_file: Path) -> None:
+    """Rows that leave at different times, and a prompt that begins as the last text did."""
+    model = Model(fp32_file, threads=1)
+    prompts, lengths = ["The ", "a", "import statement", ""], [3, 20, 11, 7]
+    batch = model.generate(prompts, seed=[1, 2, 3, 4], max_new_tokens=lengths)
+    for number, (made, n) in enumerate(zip(batch, lengths, strict=True), 1):
+        alone = model.generate(made.prompt, seed=number, max_new_tokens=n)
+        assert made.token_ids == alone.token_ids
+    with pytest.raises(ValueError, match="rows"):
+        model.session.new_cache(2).keep_rows([1, 0])
+    reusing = Model(fp32_file, threads=1, reuse_prefix=True)
+    text = "The "
+    for seed in range(3):
+        made = reusing.generate(text, seed=seed, max_new_tokens=6)
+        assert made.text == model.generate(text, seed=seed, max_new_tokens=6).text
+        text += made.text + "x"

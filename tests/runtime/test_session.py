@@ -146,6 +146,10 @@ def test_replay_where_chunks_cannot_be_appended_gives_the_same(model, text):
             close(model, cache.append(0, ids[2:8]), expected[7:8])
             follow = [ids[8], ids[3], ids[4]][:batch]
             close(model, cache.decode(follow), expected[[8, 3, 4][:batch]])
+        assert cache.keep_rows([0, 2]) == [0, 1]
+        cache.truncate(0, 4)
+        close(model, cache.append(0, ids[4:7]), expected[6:7])
+        close(model, cache.append(1, ids[5:9]), expected[8:9])
     finally:
         model.appends = True
 
