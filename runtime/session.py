@@ -342,14 +342,7 @@ class Cache:
             self._bound_to_decode = True
         elif self.session.device != "cpu":
             _bind_inputs(binding, self._decode_inputs)  # off the CPU, binding is what copies them
-        if self._pace is None:
-            self._ort.run_with_iobinding(binding)
-        else:
-            started = clock()
-            self._ort.run_with_iobinding(binding)
-            self._pace.record(clock() - started, self._threads)
-            if self._pace.threads != self._threads:
-                self._change_threads(self._pace.threads)
+        self._run_paced(binding)
         if self.session.device != "cpu":
             binding.synchronize_outputs()
         for row in range(self.batch):
@@ -380,9 +373,21 @@ class Cache:
         np.add(bound.steps, past, out=bound.positions)
         bound.seqlens[0] = past + n - 1
         bound.total[()] = past + n
-        self._ort.run_with_iobinding(bound.binding)
+        self._run_paced(bound.binding)
         self.lengths[0] += n
         return bound.logits
+
+    def _run_paced(self, binding: Any) -> None:
+        """Run, and where the number of threads may change, say how long it took."""
+        pace = self._pace
+        if pace is None:
+            self._ort.run_with_iobinding(binding)
+            return
+        started = clock()
+        self._ort.run_with_iobinding(binding)
+        pace.record(clock() - started, self._threads)
+        if pace.threads != self._threads:
+            self._change_threads(pace.threads)
 
     def _change_threads(self, threads: int) -> None:
         """Go on with another session of the same weights: the logits stay the same, to the bit."""
