@@ -39,11 +39,12 @@ def read_safetensors(path: Path) -> dict[str, Any]:
     (n,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + n])
     return {
-        name: np.frombuffer(data[8 + n :][slice(*entry["data_offsets"])], np.float32).reshape(
-            entry["shape"]
-        )
+        name: np.frombuffer(data, np.float32, math.prod(entry["shape"]), at)
+        .reshape(entry["shape"])
+        .copy()
         for name, entry in header.items()
         if name != "__metadata__"
+        for at in [8 + n + entry["data_offsets"][0]]
     }
 
 

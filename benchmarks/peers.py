@@ -35,20 +35,20 @@ DATE_FORMAT = "%Y-%m-%d"
 
 
 class Shape(NamedTuple):
-    """minutes: of training; 0 for random weights. The vocabulary is padded to a multiple of 16."""
+    """max_iters: of training; 0 for random weights. The vocabulary is padded to multiples of 16."""
 
     n_layer: int
     n_head: int
     n_embd: int
     vocab_size: int
     block_size: int
-    minutes: float
+    max_iters: int
     tokenizer: tuple[str, ...]
 
 
 SHAPES = {
-    "4x128": Shape(4, 4, 128, 272, 64, 1, ("--tokenizer", "simple")),
-    "6x384": Shape(6, 6, 384, 4096, 256, 3, ("--tokenizer", "bpe", "--vocab-size", "4096")),
+    "4x128": Shape(4, 4, 128, 272, 64, 2000, ("--tokenizer", "simple")),
+    "6x384": Shape(6, 6, 384, 4096, 256, 300, ("--tokenizer", "bpe", "--vocab-size", "4096")),
     "12x768": Shape(12, 12, 768, 50304, 1024, 0, ()),
 }
 
@@ -61,6 +61,8 @@ PACKAGES = {
     "transformers": ("transformers>=5", TORCH),
     "optimum-onnx": ("optimum-onnx[onnxruntime]==0.1.0", "onnxruntime==1.32.0", TORCH),
 }
+# Comes along, is of no use for text, and stops transformers where it was built for another torch.
+UNWANTED = {"openvino": ("torchvision",)}
 PIP_FLAGS = {"llama.cpp": ("--no-binary", "llama-cpp-python")}
 VERSION_OF = {
     "llama.cpp": "llama-cpp-python",
@@ -121,6 +123,9 @@ def install(venvs: Path, peers: Sequence[str]) -> None:
             text=True,
             check=False,
         )
+        if peer in UNWANTED:
+            remove = [python_of(venvs, peer), "-m", "pip", "uninstall", "--quiet", "-y"]
+            subprocess.run([*remove, *UNWANTED[peer]], capture_output=True, check=False)
         failed.unlink(missing_ok=True)
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "ERROR" in line.upper()]
@@ -193,14 +198,14 @@ def _make_checkpoint(place: Path, shape: Shape) -> None:
     import pydoc_data.topics
 
     text = "\n\n".join(pydoc_data.topics.topics.values())
-    if shape.minutes:
+    if shape.max_iters:
         (place / "data.txt").write_text(text, encoding="utf-8")
         sizes = {
             "n-layer": shape.n_layer,
             "n-head": shape.n_head,
             "n-embd": shape.n_embd,
             "block-size": shape.block_size,
-            "minutes": shape.minutes,
+            "max-iters": shape.max_iters,
         }
         flags = [f for key, value in sizes.items() for f in (f"--{key}", str(value))]
         command = [sys.executable, "-m", "pico_edge", "train", str(place / "data.txt")]

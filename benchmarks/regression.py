@@ -89,6 +89,8 @@ def make_files(folder: Path) -> None:
         )
         save_checkpoint(folder / f"{name}.pt", checkpoint)
     for name, precision in FILES:
+        if (folder / f"{name}-{precision}.onnx").exists():
+            continue
         print(f"exporting {name} {precision}", file=sys.stderr, flush=True)
         export(
             folder / f"{name}.pt",
@@ -213,13 +215,19 @@ def compare(now: dict[str, float], last: dict[str, float]) -> tuple[list[str], l
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--update", action="store_true", help="write regression.json")
+    parser.add_argument("--folder", type=Path, help="keep the model files here, and take them")
+    parser.add_argument("--prepare", action="store_true", help="only make the model files")
     arguments = parser.parse_args()
     from pico_edge.runtime.bench import cpu_name, versions
 
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
-        make_files(Path(name))
-        now = measure(measurements(Path(name)), reference())
+        folder = arguments.folder or Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        make_files(folder)
+        if arguments.prepare:
+            return
+        now = measure(measurements(folder), reference())
     last = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
     lines, slower = compare(now, last.get("ratios", {}))
     same_cpu = last.get("cpu") in (None, cpu_name())
