@@ -47,7 +47,7 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    "4x128": Shape(4, 4, 128, 272, 64, 2000, ("--tokenizer", "simple")),
+    "4x128": Shape(4, 4, 128, 272, 64, 1500, ("--tokenizer", "simple")),
     "6x384": Shape(6, 6, 384, 4096, 256, 300, ("--tokenizer", "bpe", "--vocab-size", "4096")),
     "12x768": Shape(12, 12, 768, 50304, 1024, 0, ()),
 }

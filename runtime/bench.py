@@ -92,8 +92,8 @@ def measure(
         seconds = time_decode(cache, ids[:depth], new_tokens)
         decode += [new_tokens / seconds] if repeat else []
         step()
-        total, first_s = _time_generate(model, prompt_tokens, new_tokens)
-        end_to_end += [new_tokens / total] if repeat else []
+        made, total, first_s = _time_generate(model, prompt_tokens, new_tokens)
+        end_to_end += [made / total] if repeat else []
         first += [first_s] if repeat else []
         step()
     peak = peak_rss_bytes()
@@ -160,23 +160,23 @@ def time_decode(cache: Cache | PortableCache, ids: list[int], new_tokens: int) -
     return time.perf_counter() - start
 
 
-def _time_generate(model: Model, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
-    """Seconds from the text of a prompt to the text of its answer, and to its first token.
+def _time_generate(model: Model, prompt_tokens: int, new_tokens: int) -> tuple[int, float, float]:
+    """Tokens made, seconds from the text of a prompt to the end of its answer, and to its first.
 
-    With the file's own sampling; a model that ends its text early starts another.
+    With the file's own sampling; of the first seed that does not end its text early, if one of
+    twenty does not.
     """
     prompt = "a" * prompt_tokens
     ids = model.tokenizer.encode(prompt)
     if len(ids) < prompt_tokens:  # letters that merge: as many tokens as were asked for
         prompt *= -(-prompt_tokens // len(ids))
-    left, total, first = new_tokens, 0.0, 0.0
-    while left > 0:
+    for seed in range(20):
         start = time.perf_counter()
-        made = model.generate(prompt, max_new_tokens=left, seed=left)
-        total += time.perf_counter() - start
-        first = first or made.time_to_first_token_s
-        left -= max(1, made.new_tokens)
-    return total, first
+        made = model.generate(prompt, max_new_tokens=new_tokens, seed=seed)
+        total = time.perf_counter() - start
+        if made.new_tokens == new_tokens:
+            break
+    return made.new_tokens, total, made.time_to_first_token_s
 
 
 def bytes_per_token(session: Session, length: int) -> int:
