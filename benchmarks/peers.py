@@ -443,7 +443,7 @@ def collect(folder: Path, venvs: Path) -> dict[str, Any]:
                 continue
             row["bytes"] = fact["bytes"]
             row["bits_per_byte"] = fact.get("bits_per_byte")
-            if expected:
+            if expected and "greedy" in fact:
                 row["greedy_equal"] = next(
                     (
                         i
