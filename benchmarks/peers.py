@@ -309,8 +309,9 @@ def _write_task(path: Path, checkpoint: Any, trained: bool) -> None:
     """The ids that every engine gets: of held-out text."""
     tokenizer, config = checkpoint.tokenizer, checkpoint.config
     held_out = tokenizer.encode(checkpoint.held_out)[: HELD_OUT_TOKENS + 1]
+    middle = len(held_out) // 2
     task = {
-        "ids": held_out[: config.block_size],
+        "ids": held_out[middle : middle + config.block_size],
         "block_size": config.block_size,
         "n_vocab": tokenizer.n_vocab,
         "trained": trained,
