@@ -478,7 +478,21 @@ def collect(folder: Path, venvs: Path) -> dict[str, Any]:
 def machine() -> str:
     from pico_edge.runtime.bench import cpu_name
 
-    return f"{cpu_name()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
+    features = ""
+    if sys.platform == "linux":
+        flags = Path("/proc/cpuinfo").read_text().split()
+        wanted = (
+            "avx2",
+            "avx_vnni",
+            "avx512f",
+            "avx512_vnni",
+            "avx512_bf16",
+            "amx_int8",
+            "asimddp",
+        )
+        features = " (" + " ".join(flag for flag in wanted if flag in flags) + ")"
+    cores = f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}"
+    return f"{cpu_name()}{features}, {cores}"
 
 
 def render(result: dict[str, Any]) -> str:
