@@ -57,8 +57,8 @@ TORCH = "torch>=2.10"
 PACKAGES = {
     "llama.cpp": ("llama-cpp-python==0.3.36", "gguf==0.19.0", "numpy"),
     "ctranslate2": ("ctranslate2==4.8.5", "numpy"),
-    "openvino": ("openvino==2026.4.1", "optimum-intel[openvino]", "nncf", TORCH),
-    "transformers": ("transformers>=5", TORCH),
+    "openvino": ("openvino==2026.4.1", "optimum-intel[openvino]==2.2.0", "nncf==3.4.0", TORCH),
+    "transformers": ("transformers==5.24.0", TORCH),
     "optimum-onnx": ("optimum-onnx[onnxruntime]==0.1.0", "onnxruntime==1.32.0", TORCH),
 }
 # Comes along, is of no use for text, and stops transformers where it was built for another torch.
