@@ -6,14 +6,15 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 DEMO_FILES := demo/data.txt demo/ckpt.pt demo/ckpt.run demo/model.onnx
 
-.PHONY: help demo test test-slow check bench clean
+.PHONY: help demo test test-slow check bench bench-peers clean
 
 help:
 	@echo 'make demo       train, export and run a small model in demo/: under 4 minutes after the downloads'
 	@echo 'make test       all tests but the slow ones (PYTEST_ARGS="-k tokenizer" for some)'
 	@echo 'make test-slow  the tests that take minutes each'
 	@echo 'make check      ruff, format, mypy --strict and the import contracts on the installed wheel'
-	@echo 'make bench      the benchmarks'
+	@echo 'make bench      has anything become slower? Under three minutes'
+	@echo 'make bench-peers  the same weights on every rival engine: installs these, then under 40 minutes'
 	@echo 'make clean      remove build outputs, caches and the files of the demo; .venv stays'
 
 # Each stamp is touched last, so that an interrupted install is done again.
@@ -70,9 +71,11 @@ check: .venv/.dev
 	"$$python" -c 'from importlinter.cli import lint_imports_command as run; run()' --config "$$repo/pyproject.toml"
 
 bench: .venv/.dev
-	$(BIN)/python benchmarks/decode_speed.py
-	$(BIN)/python benchmarks/tokenize_speed.py
-	$(BIN)/python benchmarks/precisions.py
+	$(BIN)/python benchmarks/regression.py
+
+# PEERS_ARGS="--shapes 4x128 --rounds 1" for a part.
+bench-peers: .venv/.all
+	$(BIN)/python benchmarks/peers.py all $(PEERS_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache $(DEMO_FILES)

@@ -1,18 +1,20 @@
-"""Loss of a model file on a text, by the engine that runs it, and one file against another.
+"""Loss of a model on a text, by the engine that runs it, and one model against another.
 
-Needs no torch. Knows nothing of files of text. Try: `evaluate(Session("model.onnx"), ids)`.
+Needs no torch: a model is a function from a window of ids to logits. Knows nothing of files of
+text. Try: `evaluate(Session("model.onnx"), ids)`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pico_edge.errors import ArtefactError, UsageError
 from pico_edge.runtime.session import Session
 from pico_edge.tokenizer import Tokenizer
 
@@ -21,6 +23,7 @@ from pico_edge.tokenizer import Tokenizer
 CHUNK_TOKENS = 128
 
 FloatArray = npt.NDArray[np.floating[Any]]
+IdArray = npt.NDArray[np.int64]
 Float64Array = npt.NDArray[np.float64]
 
 
@@ -49,32 +52,100 @@ class Comparison:
         return 100 * (self.evaluation.loss / self.reference.loss - 1)
 
 
-def evaluate(session: Session, ids: Sequence[int]) -> Evaluation:
-    """Loss of a text in windows of block_size that do not overlap; every id but the first counts.
+@dataclass(frozen=True)
+class Scored:
+    """A model to be evaluated.
 
-    Each prediction has a context of 1 to block_size ids. Probabilities are over the tokenizer's
-    vocabulary, not the padding. Raises ValueError for fewer than 2 ids.
+    predict: from a window (T,) of at most block_size ids to the logits (S, V) of each of its
+    places, CHUNK_TOKENS places at a time.
     """
-    n_vocab, nll = session.tokenizer.n_vocab, 0.0
-    for targets, (logits,) in _chunks([session], ids):
+
+    predict: Callable[[IdArray], Iterator[FloatArray]]
+    tokenizer: Tokenizer
+    block_size: int
+
+
+def scored(session: Session) -> Scored:
+    """A model file, through the cache that generates. Raises ArtefactError if it cannot be."""
+    n_vocab, vocab_size = session.tokenizer.n_vocab, session.config.vocab_size
+    if n_vocab > vocab_size:
+        raise ArtefactError(
+            f"{session.path}: its tokenizer has {n_vocab} tokens, its model {vocab_size}: "
+            "export the checkpoint again"
+        )
+    cache = session.new_cache()
+
+    def predict(window: IdArray) -> Iterator[FloatArray]:
+        cache.reset()
+        for at in range(0, len(window), CHUNK_TOKENS):
+            yield cache.append(0, window[at : at + CHUNK_TOKENS], all_logits=True)
+
+    return Scored(predict, session.tokenizer, session.config.block_size)
+
+
+def evaluate(
+    model: Session | Scored,
+    ids: Sequence[int],
+    *,
+    stride: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Evaluation:
+    """Loss of a text in windows of block_size ids; every id but the first counts, once.
+
+    stride: ids between the starts of two windows, block_size (they do not overlap) if None. Each
+    prediction has a context of block_size - stride + 1 to block_size ids, but for those of the
+    first window. Probabilities are over the tokenizer's vocabulary, not the padding. progress: told
+    how many predictions are done. Raises ValueError for fewer than 2 ids, UsageError for a stride.
+    """
+    if isinstance(model, Session):
+        model = scored(model)
+    n_vocab, nll, done = model.tokenizer.n_vocab, 0.0, 0
+    for targets, (logits,) in _chunks([model], ids, stride):
         nll += _nll(log_softmax(logits[:, :n_vocab]), targets)
-    return _evaluation(session.tokenizer, ids, nll)
+        done += len(targets)
+        if progress is not None:
+            progress(done)
+    return _evaluation(model.tokenizer, ids, nll)
 
 
-def compare(session: Session, reference: Session, ids: Sequence[int]) -> Comparison:
-    """`evaluate` of two files on the same windows, and how far their predictions are apart."""
-    n_vocab, nll, reference_nll, kl, agree = session.tokenizer.n_vocab, 0.0, 0.0, 0.0, 0
-    for targets, (logits, reference_logits) in _chunks([session, reference], ids):
+def compare(
+    model: Session | Scored,
+    reference: Session | Scored,
+    ids: Sequence[int],
+    *,
+    stride: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Comparison:
+    """`evaluate` of two models on the same windows, and how far their predictions are apart.
+
+    The windows are those of the smaller block_size. Raises UsageError unless the vocabularies have
+    one size; that they are the same is the caller's to know.
+    """
+    if isinstance(model, Session):
+        model = scored(model)
+    if isinstance(reference, Session):
+        reference = scored(reference)
+    n_vocab = model.tokenizer.n_vocab
+    if reference.tokenizer.n_vocab != n_vocab:
+        raise UsageError(
+            f"the vocabularies have {n_vocab} and {reference.tokenizer.n_vocab} tokens: expected "
+            "two models with one tokenizer"
+        )
+    nll, reference_nll, kl, agree, done = 0.0, 0.0, 0.0, 0, 0
+    for targets, (logits, reference_logits) in _chunks([model, reference], ids, stride):
         log_p = log_softmax(logits[:, :n_vocab])
         log_q = log_softmax(reference_logits[:, :n_vocab])
         nll += _nll(log_p, targets)
         reference_nll += _nll(log_q, targets)
         kl += float((np.exp(log_q) * (log_q - log_p)).sum())
         agree += int((log_p.argmax(1) == log_q.argmax(1)).sum())
+        done += len(targets)
+        if progress is not None:
+            progress(done)
     tokens = len(ids) - 1
     return Comparison(
-        evaluation=_evaluation(session.tokenizer, ids, nll),
-        reference=_evaluation(session.tokenizer, ids, reference_nll),
+        evaluation=_evaluation(model.tokenizer, ids, nll),
+        reference=_evaluation(model.tokenizer, ids, reference_nll),
         top1_agreement=agree / tokens,
         kl_divergence=kl / tokens,
     )
@@ -87,7 +158,7 @@ def log_softmax(logits: FloatArray) -> Float64Array:
     return shifted
 
 
-def _nll(log_p: Float64Array, targets: npt.NDArray[np.int64]) -> float:
+def _nll(log_p: Float64Array, targets: IdArray) -> float:
     return -float(log_p[np.arange(len(targets)), targets].sum())
 
 
@@ -103,19 +174,27 @@ def _evaluation(tokenizer: Tokenizer, ids: Sequence[int], nll: float) -> Evaluat
 
 
 def _chunks(
-    sessions: Sequence[Session], ids: Sequence[int]
-) -> Iterator[tuple[npt.NDArray[np.int64], list[FloatArray]]]:
-    """Targets and, from each session, the logits (S, V) that predict them, a chunk at a time."""
+    models: Sequence[Scored], ids: Sequence[int], stride: int | None
+) -> Iterator[tuple[IdArray, list[FloatArray]]]:
+    """Targets and, from each model, the logits (S, V) that predict them, a chunk at a time."""
     if len(ids) < 2:
         raise ValueError(f"{len(ids)} tokens: a loss needs 2 or more")
-    block_size = sessions[0].config.block_size
-    caches = [session.new_cache() for session in sessions]
+    block_size = min(model.block_size for model in models)
+    stride = block_size if stride is None else stride
+    if not 1 <= stride <= block_size:
+        raise UsageError(f"stride is {stride}: expected 1 to block_size, {block_size}")
     array = np.asarray(ids, dtype=np.int64)
-    for start in range(0, len(array) - 1, block_size):
-        for cache in caches:
-            cache.reset()
-        window = array[start : start + block_size + 1]
-        for at in range(0, len(window) - 1, CHUNK_TOKENS):
-            targets = window[at + 1 : at + 1 + CHUNK_TOKENS]
-            inputs = window[at : at + len(targets)]
-            yield targets, [cache.append(0, inputs, all_logits=True) for cache in caches]
+    counted = 0  # predictions so far: ids 1 to `counted`
+    for start in range(0, len(array) - 1, stride):
+        window = array[start : start + block_size]
+        targets = array[start + 1 : start + 1 + len(window)]
+        at = 0
+        for outputs in zip(*(model.predict(window) for model in models), strict=True):
+            new = max(0, counted - start - at)  # those before it were counted in the last window
+            n = min(len(outputs[0]), len(targets) - at)  # the last id of all predicts nothing
+            if new < n:
+                yield targets[at + new : at + n], [logits[new:n] for logits in outputs]
+            at += len(outputs[0])
+        counted = start + len(targets)
+        if counted == len(array) - 1:
+            return

@@ -111,6 +111,11 @@ def fixed_threads(threads: str | int) -> int | None:
     return threads
 
 
+def choose_threads(threads: str | int) -> int:
+    """`fixed_threads`, or the physical cores: where the number must stay the same."""
+    return fixed_threads(threads) or physical_cores()
+
+
 def physical_cores() -> int:
     """Physical cores that this process may use, at least 1: its affinity and cgroup are respected.
 

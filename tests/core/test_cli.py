@@ -22,6 +22,14 @@ TINY = Path(__file__).parents[1] / "data" / "tiny.onnx"
 COMMAND = [sys.executable, "-c", "from pico_edge.cli import main; main()"]
 # Every command and its flags: growth is a decision.
 FLAGS = {
+    "bench": (
+        "--debug --depth --format --json --new-tokens --prompt-tokens --provider --quiet "
+        "--repeats --threads"
+    ),
+    "compare": (
+        "--data --debug --depth --json --new-tokens --prompt-tokens --quiet --rounds --threads"
+    ),
+    "eval": "--compare --debug --encoding --json --quiet --stride --text-field --threads",
     "export": (
         "--bits --debug --eval-data --force --json --max-loss-increase --out --quantize --quiet "
         "--target"

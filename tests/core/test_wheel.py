@@ -29,6 +29,8 @@ LOCAL = shutil.ignore_patterns(
         "build",
         "dist",
         "demo",
+        ".peers",
+        ".venv-peers",
         "*.egg-info",
     )
 )
