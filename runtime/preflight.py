@@ -64,12 +64,13 @@ class ValueInfo:
 
 @dataclass(frozen=True)
 class Tensor:
-    """An initializer. n_bytes: length of its contents in the file."""
+    """An initializer. n_bytes: length of its contents. span: where its message is in the file."""
 
     name: str
     elem_type: str
     shape: tuple[int, ...]
     n_bytes: int
+    span: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class ModelFile:
     size: bytes. identity: device, inode, size, mtime_ns. opsets: domain -> version, "" is ai.onnx.
     op_types: how many nodes of each, subgraphs included; "Gemm", "com.microsoft.FastGelu".
     metadata: `artefact.KEYS` -> parsed JSON; empty, and config None, for a foreign file.
+    graph_span: where the graph is in the file; its initializers have spans inside it.
     """
 
     path: Path
@@ -93,6 +95,7 @@ class ModelFile:
     node_count: int
     op_types: dict[str, int]
     initializers: list[Tensor]
+    graph_span: tuple[int, int]
     config: GPTConfig | None
 
 
@@ -446,6 +449,7 @@ class _Walk:
             node_count=self.node_count,
             op_types=dict(self.op_types),
             initializers=initializers,
+            graph_span=graph,
             config=config,
         )
 
@@ -605,7 +609,7 @@ class _Walk:
                 f"tensor {name[:80]!r} stores {found} {unit}: "
                 f"{element.name} {dims} takes {expected}, and nothing else: {AGAIN}"
             )
-        return Tensor(name, element.name, tuple(dims), n_bytes)
+        return Tensor(name, element.name, tuple(dims), n_bytes, (pos, end))
 
     def n_stored(self, number: int, start: int, stop: int) -> int:
         """Values in one occurrence of a contents field of TensorProto; bytes for raw_data."""

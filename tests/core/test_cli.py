@@ -39,6 +39,7 @@ FLAGS = {
         "--text-field --threads --tokenizer --val-data --val-fraction --vocab-size --warmup-iters "
         "--weight-decay"
     ),
+    "verify": "--debug --json --provider --quiet --threads",
 }
 JSON_KEYS = {
     "prompt",

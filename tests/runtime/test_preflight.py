@@ -204,7 +204,11 @@ def test_a_sound_file_is_described(tmp_path):
     assert found.opsets == {"": 20, "com.microsoft": 1}
     assert found.node_count == 2
     assert found.op_types == {"Gather": 1, "com.microsoft.FastGelu": 1}
-    assert found.initializers == [Tensor("w", "float32", (3, 2), 24)]
+    (weight,) = found.initializers
+    assert weight == Tensor("w", "float32", (3, 2), 24, weight.span)
+    data = found.path.read_bytes()
+    assert data[slice(*weight.span)] == tensor([3, 2])
+    assert data[slice(*found.graph_span)].startswith(field(1, node("Gather")))
     assert found.inputs[0] == ValueInfo("input_ids", "int64", ("batch", "seq"))
     assert found.inputs[3] == ValueInfo("total_seq_len", "int32", ())
     assert found.outputs[0] == ValueInfo("logits", "float32", ("n_out", 272))
