@@ -3,7 +3,7 @@
 A changed low bit of one weight moves no logit past a tolerance; its digest differs. They tell
 damage and editing, not a forger, who can write them anew. Knows nothing of running a model.
 
-Try: `digests(read_model_file("model.onnx"))["nodes"]`.
+Try: `digests(read_model_file("model.onnx"))["weights"]`.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from typing import Any
 from pico_edge import artefact
 from pico_edge.runtime.preflight import ModelFile, check_unchanged
 
-SHORT_HEX = 16  # of a digest that there are many of: 64 bits
+SHORT_HEX = 8  # digits of a digest that only says which part has changed, or of a short text
 
 
 def digests(model_file: ModelFile) -> dict[str, Any]:
     """SHA-256 in hexadecimal of the parts of a file that was checked.
 
-    "nodes": the graph but for its initializers, with the IR version and the opsets. "tensors": of
-    each initializer, in graph order, name, type and shape included; SHORT_HEX digits. "metadata":
-    of the value of each key but the parity record's, as canonical JSON; SHORT_HEX digits.
+    "nodes": the graph but for its initializers, with the IR version and the opsets. "weights": all
+    initializers, in graph order, names, types and shapes included. "each": SHORT_HEX digits of
+    each of them, joined. "metadata": SHORT_HEX digits of the value of each key, as canonical JSON,
+    but of the parity record.
     Raises ArtefactError if the file has changed since it was checked.
     """
     versions = {"ir_version": model_file.ir_version, "opsets": model_file.opsets}
-    nodes = hashlib.sha256(canonical(versions))
-    tensors = []
+    nodes, weights = hashlib.sha256(canonical(versions)), hashlib.sha256()
+    each = []
     with (
         open(model_file.path, "rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
@@ -39,19 +40,26 @@ def digests(model_file: ModelFile) -> dict[str, Any]:
         for tensor in model_file.initializers:
             start, stop = tensor.span
             nodes.update(view[at:start])
-            tensors.append(hashlib.sha256(view[start:stop]).hexdigest()[:SHORT_HEX])
+            digest = hashlib.sha256(view[start:stop])
+            weights.update(digest.digest())
+            each.append(digest.hexdigest()[:SHORT_HEX])
             at = stop
         nodes.update(view[at:end])
     check_unchanged(model_file)
     return {
         "nodes": nodes.hexdigest(),
-        "tensors": tensors,
+        "weights": weights.hexdigest(),
+        "each": "".join(each),
         "metadata": {
-            key: hashlib.sha256(canonical(value)).hexdigest()[:SHORT_HEX]
+            key.removeprefix(artefact.KEY_PREFIX): _short(canonical(value))
             for key, value in model_file.metadata.items()
             if key != artefact.PARITY_KEY
         },
     }
+
+
+def _short(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:SHORT_HEX]
 
 
 def canonical(value: object) -> bytes:

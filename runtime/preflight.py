@@ -12,6 +12,7 @@ Try: `read_model_file("model.onnx").config`.
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 import re
@@ -765,7 +766,11 @@ class _Walk:
                 f"expected at most {artefact.MAX_METADATA_BYTES}"
             )
         try:
-            return json.loads(self.data[start:end].decode("utf-8"), parse_constant=_no_constant)
+            return json.loads(
+                self.data[start:end].decode("utf-8"),
+                parse_constant=_no_constant,
+                parse_float=_finite,
+            )
         except UnicodeDecodeError:
             self.refuse(f"metadata {key[:80]!r} is not UTF-8: {AGAIN}")
         except (ValueError, RecursionError) as error:
@@ -898,6 +903,13 @@ def _shape_text(shape: tuple[int | str, ...]) -> str:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):  # 1e999 is infinite, and nothing could print it as JSON again
+        raise ValueError(f"{text[:40]} is no JSON number")
+    return value
 
 
 def _signed(value: int) -> int:

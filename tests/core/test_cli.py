@@ -30,6 +30,7 @@ FLAGS = {
         "--max-new-tokens --min-p --num-samples --presence-penalty --provider --quiet "
         "--repetition-penalty --seed --stop --stream --temperature --threads --top-k --top-p"
     ),
+    "info": "--debug --json --quiet",
     "train": (
         "--batch-size --beta1 --beta2 --bias --block-size --compile --debug --device --dropout "
         "--dtype --encoding --eval-interval --eval-iters --force --gelu --grad-accum --grad-clip "

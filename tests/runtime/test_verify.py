@@ -13,7 +13,7 @@ import pytest
 
 from pico_edge import artefact, cli
 from pico_edge.errors import ArtefactError
-from pico_edge.runtime.digests import digests
+from pico_edge.runtime.digests import SHORT_HEX, digests
 from pico_edge.runtime.preflight import read_model_file
 from pico_edge.runtime.session import Session
 from pico_edge.runtime.verify import read_record, verify
@@ -93,9 +93,13 @@ def test_one_bit_of_any_tensor_changes_its_digest_alone(path: Path, model: Path)
         changed[tensor.span[1] - 1] ^= 1  # the contents are the last field
         model.write_bytes(changed)
         after = digests(read_model_file(model))
-        pairs = zip(before["tensors"], after["tensors"], strict=True)
-        assert [j for j, (was, is_) in enumerate(pairs) if was != is_] == [i], tensor.name
-        assert {**after, "tensors": before["tensors"]} == before
+        was, now = (
+            [one["each"][j : j + SHORT_HEX] for j in range(0, len(one["each"]), SHORT_HEX)]
+            for one in (before, after)
+        )
+        assert [j for j, pair in enumerate(zip(was, now, strict=True)) if len(set(pair)) > 1] == [i]
+        assert after["weights"] != before["weights"]
+        assert {**after, "weights": before["weights"], "each": before["each"]} == before
 
 
 @pytest.mark.parametrize("place", [0.0, 0.5, 1.0])
@@ -188,8 +192,8 @@ def test_a_greedy_id_may_differ_where_the_two_likeliest_are_near(
         ({"logits": []}, "list indices"),
         ({"sample": {"ids": [1]}}, "expected a list of 2"),
         ({"sample": {"ids": [1, 2]}}, "'bits_per_byte'"),
-        ({"digests": {"nodes": "", "tensors": 1, "metadata": {}}}, "not iterable"),
-        ({"digests": {"nodes": "", "tensors": [], "metadata": []}}, "items"),
+        ({"digests": {"nodes": "", "weights": "", "metadata": {}}}, "'each'"),
+        ({"digests": {"nodes": "", "weights": "", "each": "", "metadata": []}}, "items"),
     ],
 )
 def test_a_damaged_record_is_refused(
