@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from pico_edge import __version__
-from pico_edge.commands import export, generate, info, train, verify
+from pico_edge.commands import doctor, export, generate, info, train, verify
 from pico_edge.errors import ArtefactError, PicoEdgeError
 from pico_edge.terminal import StoppedError, forget_stdout, say
 from pico_edge.train.distributed import place
@@ -77,7 +77,14 @@ def _pico_edge(
     pass
 
 
-for command in (train.train, export.export, generate.generate, verify.verify, info.info):
+for command in (
+    train.train,
+    export.export,
+    generate.generate,
+    verify.verify,
+    info.info,
+    doctor.doctor,
+):
     app.command()(command)
 
 

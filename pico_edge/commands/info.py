@@ -120,7 +120,7 @@ def _scaled(number: int, unit: str = "") -> str:
 def _kernels(kernels: object, nodes: int) -> list[tuple[str, str]]:
     if not isinstance(kernels, dict):
         return [("kernels", "not recorded: export it again")]
-    rows = []
+    rows: list[tuple[str, str]] = []
     for provider, report in kernels.items():
         missing = report.get("missing") if isinstance(report, dict) else None
         source = report.get("source") if isinstance(report, dict) else None
@@ -187,7 +187,7 @@ def _values(label: str, values: list[dict[str, Any]]) -> list[tuple[str, str]]:
         shape = f"({', '.join(str(axis) for axis in value['shape'])})"
         like = re.sub(r"\.\d+\.(key|value)$", ".N.key|value", value["name"])
         groups.setdefault((like, value["type"], shape), []).append(value["name"])
-    rows = []
+    rows: list[tuple[str, str]] = []
     for (like, elem_type, shape), names in groups.items():
         name = names[0] if len(names) == 1 else like
         rows.append(("" if rows else label, f"{name} {elem_type} {shape}"))

@@ -21,6 +21,7 @@ TINY = Path(__file__).parents[1] / "data" / "tiny.onnx"
 COMMAND = [sys.executable, "-c", "from pico_edge.cli import main; main()"]
 # Every command and its flags: growth is a decision.
 FLAGS = {
+    "doctor": "--debug --json --quiet",
     "export": (
         "--bits --debug --eval-data --force --json --max-loss-increase --out --quantize --quiet "
         "--target"

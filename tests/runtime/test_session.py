@@ -10,12 +10,11 @@ from numpy.testing import assert_allclose
 
 from pico_edge.errors import ArtefactError, PicoEdgeError, UsageError
 from pico_edge.runtime import session as session_module
+from pico_edge.runtime.installed import install_advice, onnxruntime_distributions
 from pico_edge.runtime.session import (
     Session,
     choose_provider,
     choose_threads,
-    install_advice,
-    onnxruntime_distributions,
     physical_cores,
 )
 
