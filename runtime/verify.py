@@ -75,7 +75,8 @@ def verify(
             "notices": session.notices,
         }
         checks += _replay(session, record)
-    except (ArtefactError, *ORT_ERRORS) as error:
+    # A run with bound memory raises RuntimeError, whatever is wrong.
+    except (ArtefactError, RuntimeError, *ORT_ERRORS) as error:
         reason = " ".join(str(error).split())
         if unchanged and isinstance(error, ArtefactError):
             raise

@@ -33,7 +33,7 @@ def table(found: dict[str, Any]) -> str:
         (
             "Python",
             f"{python['version']} ({python['implementation']}, {python['bits']} bits) on "
-            f"{system['name']} {system['release']}",
+            f"{system['name']} {system['release'].partition('-')[0]}",
         ),
         ("onnxruntime", _runtime(found["onnxruntime"])),
         *_labelled("providers", [_provider(*item) for item in found["providers"].items()]),
