@@ -40,6 +40,7 @@ MAIN = "from pico_edge.cli import main; main()"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("models", type=Path, nargs="*", default=MODELS)
     parser.add_argument("--qemu", default="qemu-aarch64", help="of qemu-user 10 or newer")
     parser.add_argument("--folder", type=Path, help="where downloads are kept; default: nowhere")
     arguments = parser.parse_args()
@@ -56,12 +57,12 @@ def main() -> int:
         path = f"{package}{os.pathsep}{site}"
         emulated = [arguments.qemu, "-L", str(root), "-E", f"PYTHONPATH={path}"]
         python = str(root / "usr/bin" / f"python{PYTHON}")
-        return compare(emulated, python)
+        return compare(emulated, python, [model.resolve() for model in arguments.models])
 
 
-def compare(emulated: list[str], python: str) -> int:
+def compare(emulated: list[str], python: str, models: list[Path]) -> int:
     failed = 0
-    for model in MODELS:
+    for model in models:
         here = [sys.executable, "-c", MAIN]
         text = run([*here, *greedy(model)])["text"]
         for processor in PROCESSORS:
