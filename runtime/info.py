@@ -13,8 +13,9 @@ from typing import Any
 from pico_edge import artefact
 from pico_edge.config import GPTConfig
 from pico_edge.errors import ArtefactError
+from pico_edge.runtime.contract import ValueInfo
 from pico_edge.runtime.digests import canonical
-from pico_edge.runtime.preflight import ModelFile, Tensor, ValueInfo, read_model_file
+from pico_edge.runtime.preflight import ModelFile, Tensor, read_model_file
 from pico_edge.tokenizer import BPETokenizer, SimpleTokenizer
 
 # The part of the model that a weight belongs to, by what its name holds; the first that fits.

@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 from pico_edge import artefact
 from pico_edge.config import GPTConfig
 from pico_edge.errors import ArtefactError
-from pico_edge.runtime import preflight
-from pico_edge.runtime.preflight import Tensor, ValueInfo, check_unchanged, read_model_file
+from pico_edge.runtime import preflight, wire
+from pico_edge.runtime.contract import ValueInfo
+from pico_edge.runtime.preflight import Tensor, check_unchanged, read_model_file
 from pico_edge.tokenizer import BPETokenizer, SimpleTokenizer
 
 TINY = Path(__file__).parents[1] / "data" / "tiny.onnx"
@@ -476,7 +477,7 @@ def test_what_costs_memory_is_counted(refusal, data, expected):
 
 
 def test_the_number_of_fields_is_bounded(refusal, monkeypatch):
-    monkeypatch.setattr(preflight, "MAX_FIELDS", 1000)
+    monkeypatch.setattr(wire, "MAX_FIELDS", 1000)
     assert "more than 1000 fields" in refusal(model(field(1, field(1, "x") * 1000)))
 
 
