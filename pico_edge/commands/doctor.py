@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
 from typing import Any
 
 from pico_edge.errors import PicoEdgeError
-from pico_edge.terminal import Debug, Json, Quiet, print_json, write
+from pico_edge.terminal import Debug, Json, Quiet, folded, print_json, write
 
-WIDTH = 80
 LABEL = 12  # columns of the first column
 
 
@@ -26,7 +24,7 @@ def doctor(json_: Json = False, quiet: Quiet = False, debug: Debug = False) -> N
 
 
 def table(found: dict[str, Any]) -> str:
-    """The facts, then problems, then what to do; at most WIDTH columns but for long paths."""
+    """The facts, then problems, then what to do; at most 80 columns."""
     python, system, cpu = found["python"], found["system"], found["cpu"]
     rows = [
         ("pico-edge", found["pico_edge"]),
@@ -54,13 +52,7 @@ def table(found: dict[str, Any]) -> str:
     ]
     lines = []
     for label, text in rows:
-        lines += textwrap.wrap(
-            "".join(c if c.isprintable() else "?" for c in text),
-            WIDTH,
-            initial_indent=label.ljust(LABEL),
-            subsequent_indent=" " * LABEL,
-            break_on_hyphens=False,
-        )
+        lines += folded(label, text, indent=LABEL)
     return "\n".join(lines) + "\n"
 
 

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from pico_edge.terminal import Debug, Json, Quiet, print_json, write
+from pico_edge.terminal import NO_BREAK, Debug, Json, Quiet, folded, print_json, write
 
-WIDTH = 80
 LABEL = 12  # columns of the first column
-MAX_TEXT = 2000  # of one entry: a file may hold anything
-NO_BREAK = "\u00a0"  # between a number and its unit; a space once lines are cut
 
 
 def info(
@@ -34,7 +30,7 @@ def info(
 
 
 def table(found: dict[str, Any]) -> str:
-    """The same for people, at most WIDTH columns but for long names of files."""
+    """The same for people, at most 80 columns but for the path."""
     config, sizes, needs = found["config"], found["sizes"], found["requires"]
     rows = [
         (
@@ -77,21 +73,10 @@ def table(found: dict[str, Any]) -> str:
         *_values("inputs", found["inputs"]),
         *_values("outputs", found["outputs"]),
     ]
-    lines = [_plain(found["file"])]
+    lines = [found["file"]]
     for label, text in rows:
-        lines += textwrap.wrap(
-            _plain(text)[:MAX_TEXT],
-            WIDTH,
-            initial_indent=label.ljust(LABEL),
-            subsequent_indent=" " * LABEL,
-            break_on_hyphens=False,
-        )
-    return "\n".join(lines).replace(NO_BREAK, " ") + "\n"
-
-
-def _plain(text: str) -> str:
-    """Text out of a file must not control the terminal."""
-    return "".join(c if c.isprintable() or c == NO_BREAK else "?" for c in text)
+        lines += folded(label, text, indent=LABEL)
+    return "\n".join(lines) + "\n"
 
 
 def _pairs(values: object) -> str:

@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from pico_edge.errors import PicoEdgeError
-from pico_edge.terminal import Debug, Json, Quiet, Signals, print_json, say, write
+from pico_edge.terminal import Debug, Json, Quiet, Signals, folded, print_json, say, write
+
+INDENT = 21  # of what a check says
 
 
 def verify(
@@ -44,11 +46,11 @@ def verify(
 
 
 def _table(report: dict[str, Any]) -> str:
-    """One line a check; the details of our own files fit 80 columns."""
-    lines = [
-        f"{'ok' if check['ok'] else 'FAIL':4}  {check['name']:13}  {check['detail']}"
-        for check in report["checks"]
-    ]
+    """One line a check, folded to 80 columns where it names weights."""
+    lines = []
+    for check in report["checks"]:
+        label = f"{'ok' if check['ok'] else 'FAIL':4}  {check['name']}"
+        lines += folded(label, check["detail"], indent=INDENT)
     if "provider" in report:
         where = f"{report['provider']} of {platform.machine()}, threads {report['threads']}"
         lines.append(f"      on {where}")

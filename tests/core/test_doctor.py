@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 
 from pico_edge import cli
-from pico_edge.commands.doctor import WIDTH, table
+from pico_edge.commands.doctor import table
 from pico_edge.errors import PicoEdgeError
 from pico_edge.runtime import installed
 from pico_edge.runtime.cpu import ARM, X86, cpu_features, parse_cpuinfo
@@ -67,7 +67,7 @@ def test_people_get_80_columns_that_end_with_what_to_do(
 ) -> None:
     assert cli._run(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= WIDTH == 80
+    assert max(map(len, lines)) <= 80
     well = {**found, "problems": [], "advice": []}
     last = 'do          nothing: pico-edge generate model.onnx "Hello"'
     assert table(well).splitlines()[-1] == last
@@ -75,7 +75,7 @@ def test_people_get_80_columns_that_end_with_what_to_do(
     text = table(ill)
     assert text.endswith("do          one\n            two\n")
     assert "\x1b" not in text
-    assert max(map(len, text.splitlines())) <= WIDTH
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_a_provider_counts_only_if_it_ran_a_node() -> None:

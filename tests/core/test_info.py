@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pico_edge import artefact, cli
-from pico_edge.commands.info import WIDTH, table
+from pico_edge.commands.info import table
 from pico_edge.runtime.info import info, part_of
 from pico_edge.runtime.preflight import Tensor, read_model_file
 
@@ -78,7 +78,7 @@ def test_the_table_fits_80_columns(path: Path, capsys: pytest.CaptureFixture[str
     assert captured.err == ""
     lines = captured.out.splitlines()
     assert lines[0] == str(path)
-    assert max(map(len, lines[1:])) <= WIDTH == 80
+    assert max(map(len, lines[1:])) <= 80
     assert "model       2 layers x 32 (2 heads), context 64, vocabulary 272" in captured.out
     assert "kernels     cpu: all 3" in captured.out
     assert "            past_key_values.N.key|value " in captured.out
@@ -91,7 +91,7 @@ def test_the_table_bears_what_a_strange_file_says() -> None:
         for value in (None, strange, [strange], {strange: {"a": 10**400}}, 10**400):
             text = table({**found, key: value})
             assert "\x1b" not in text
-            assert max(map(len, text.splitlines()[1:])) <= WIDTH
+            assert max(map(len, text.splitlines()[1:])) <= 80
     metadata = {"min_order": None, "bytes": 250_000, "max_order": 5}
     assert "drafting    n-gram table of 250 kB\n" in table({**found, "ngrams": metadata})
     report = {"cuda": {"missing": ["Gather(f32): no kernel"], "source": "somewhere"}}

@@ -229,6 +229,19 @@ def test_the_command_says_it_in_80_columns(capsys: pytest.CaptureFixture[str]) -
     assert max(map(len, lines)) <= 80
 
 
+def test_names_out_of_a_file_are_folded_and_cannot_control_the_terminal(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = TINY.read_bytes().replace(
+        b".attn.c_attn.weight.blocks", b".attn.\x1b[31m_.weight.blocks"
+    )
+    model.write_bytes(changed)
+    assert cli._run(["verify", str(model), "--threads", "1"]) == 1
+    out = capsys.readouterr().out
+    assert "transformer.h.0.attn.?[31m_.weight.blocks" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
 def test_the_command_fails_with_exit_1_and_one_line(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
