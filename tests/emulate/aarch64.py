@@ -76,7 +76,8 @@ def compare(emulated: list[str], python: str, models: list[Path]) -> int:
             print(
                 f"{model.name:15} {processor:12} verify {'ok' if report['ok'] else 'FAILED':6} "
                 f"text {'equal' if text == found else f'parts after {same} characters':28} "
-                f"logits: {checks['logits']['detail']}; bits: {checks['bits per byte']['detail']}"
+                f"logits: {checks['logits']['detail']}; bits: {checks['bits per byte']['detail']}",
+                flush=True,
             )
             for check in checks.values():
                 if not check["ok"]:
