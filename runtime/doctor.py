@@ -81,9 +81,8 @@ def doctor() -> dict[str, Any]:
     }
     problems, advice = diagnose(found)
     runs = found["providers"].get("cpu", {}).get("runs", False)
-    packages_are_there = all(found["packages"].values())
     return {
-        "ok": runs and packages_are_there and threads["auto"] is not None,
+        "ok": runs and all(found["packages"].values()),
         **found,
         "problems": problems,
         "advice": advice,
@@ -124,6 +123,10 @@ def diagnose(found: dict[str, Any]) -> tuple[list[str], list[str]]:
     if found["threads"]["error"]:
         problems.append(found["threads"]["error"])
         advice.append("unset PICO_EDGE_THREADS, or set it to auto or a number")
+    wanted = found["environment"].get("PICO_EDGE_PROVIDER") or "auto"
+    if wanted != "auto" and not found["providers"].get(wanted, {}).get("runs"):
+        problems.append(f"PICO_EDGE_PROVIDER is {wanted!r}, which does not run here")
+        advice.append("unset PICO_EDGE_PROVIDER, or set it to auto or cpu")
     if found["python"]["bits"] < 64:
         problems.append("Python is a 32-bit program")
         advice.append("install a 64-bit Python: onnxruntime has no 32-bit builds")

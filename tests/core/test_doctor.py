@@ -204,10 +204,12 @@ def test_a_broken_onnxruntime_is_one_line_for_generate_and_an_answer_of_doctor(
 
 def test_a_bad_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PICO_EDGE_THREADS", "many")
+    monkeypatch.setenv("PICO_EDGE_PROVIDER", "tpu")
     found = doctor()
-    assert not found["ok"]
+    assert found["ok"]  # --threads and --provider go before them
     assert found["environment"]["PICO_EDGE_THREADS"] == "many"
     assert "PICO_EDGE_THREADS is 'many'" in found["problems"][0]
+    assert "PICO_EDGE_PROVIDER is 'tpu', which does not run here" in found["problems"]
     assert "unset PICO_EDGE_THREADS" in found["advice"][0]
 
 
