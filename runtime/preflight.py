@@ -59,6 +59,9 @@ MAX_ATTRIBUTES = 1000  # of one node
 MAX_RANK = 32
 MAX_INT32 = (1 << 31) - 1
 MAX_ELEMENTS = MAX_FILE_BYTES * 4  # of 2 bits
+# Operators whose kernels read as many scales, zero points and biases as the weights have columns,
+# whatever is there: input of the weights, inputs of these.
+BY_COLUMN = {"MatMulIntegerToFloat": (1, (3, 5, 6)), "DynamicQuantizeMatMul": (1, (2, 3, 4))}
 MAX_METADATA_TOTAL_BYTES = 2 * artefact.MAX_METADATA_BYTES
 
 
@@ -276,9 +279,10 @@ class _Walk(Reader):
         if depth > MAX_SUBGRAPH_DEPTH:
             self.refuse(f"graphs nested deeper than {MAX_SUBGRAPH_DEPTH}: expected a flat graph")
         inputs, outputs, initializers = [], [], []
+        by_column: list[tuple[str, list[str]]] = []
         for number, start, stop in self.fields(GRAPH, pos, end):
             if number == 1:
-                self.node(start, stop, depth)
+                self.node(start, stop, depth, by_column)
             elif number == 2:
                 self.text(start, stop, "graph name")
             elif number == 5:
@@ -291,13 +295,36 @@ class _Walk(Reader):
                 self.value(start, stop)
             elif number == 15:
                 self.refuse_sparse()
+        if by_column:
+            shapes = {tensor.name: tensor.shape for tensor in initializers}
+            for op_type, names in by_column:
+                self.check_by_column(op_type, names, shapes)
         return inputs, outputs, initializers
 
-    def node(self, pos: int, end: int, depth: int) -> None:
+    def check_by_column(
+        self, op_type: str, names: list[str], shapes: dict[str, tuple[int, ...]]
+    ) -> None:
+        """Weights and what belongs to their columns are initializers, and fit each other."""
+        weights, others = BY_COLUMN[op_type]
+        shape = shapes.get(names[weights], ()) if len(names) > weights else ()
+        for i in others:
+            if i >= len(names) or not names[i]:
+                continue
+            count = math.prod(shapes[names[i]]) if names[i] in shapes else -1
+            if len(shape) != 2 or count not in (1, shape[1]):
+                self.refuse(
+                    f"{op_type} has weights {names[weights][:80]!r} {list(shape)} with "
+                    f"{names[i][:80]!r}: expected initializers, and one value or one a column: "
+                    f"{AGAIN}"
+                )
+
+    def node(self, pos: int, end: int, depth: int, by_column: list[tuple[str, list[str]]]) -> None:
+        """by_column: to which the node is added, with its inputs, if it is one of BY_COLUMN."""
         self.node_count += 1
         if self.node_count > MAX_NODES:
             self.refuse(f"more than {MAX_NODES} nodes: expected a model of pico-edge")
         domain, op_type, n_outputs = "", "", 0
+        names: list[str] = []  # of the inputs
         integers: dict[str, int] = {}  # all attributes; 0 for one that is no integer
         for number, start, stop in self.fields(NODE, pos, end):
             n_outputs += number == 2
@@ -308,7 +335,11 @@ class _Walk(Reader):
             elif number == 7:
                 domain = self.domain(start, stop)
             elif number in (1, 2, 3):  # or onnxruntime's own errors end in UnicodeDecodeError
-                self.text(start, stop, "name in a node")
+                name = self.text(start, stop, "name in a node")
+                if number == 1:
+                    names.append(name)
+        if op_type in BY_COLUMN:
+            by_column.append((op_type, names))
         self.check_node(op_type, n_outputs, integers)
         self.op_types[f"{domain}.{op_type}" if domain else op_type] += 1
 

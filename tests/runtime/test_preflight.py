@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import random
 import subprocess
@@ -801,6 +802,35 @@ def test_layers_claimed_by_the_metadata_cost_nothing(refusal):
 )
 def test_what_is_no_model_gets_a_helpful_guess(refusal, data, expected):
     assert expected in refusal(data)
+
+
+@pytest.mark.parametrize(
+    ("op_type", "names"),
+    [
+        ("MatMulIntegerToFloat", ["a", "B", "s", "scales"]),
+        ("MatMulIntegerToFloat", ["a", "B", "s", "one", "", "scales"]),
+        ("MatMulIntegerToFloat", ["a", "B", "s", "one", "", "", "scales"]),
+        ("DynamicQuantizeMatMul", ["a", "B", "scales"]),
+    ],
+)
+def test_scales_that_do_not_fit_the_columns_of_their_weights_are_refused(
+    op_type, names, tmp_path, refusal
+):
+    """onnxruntime 1.32 reads past their end: found by fuzzing, a segmentation fault."""
+    fields = b"".join(field(1, name) for name in names)
+    multiply = field(1, fields + field(2, "y") + field(4, op_type) + field(7, "com.microsoft"))
+    one = field(5, tensor([], name="one"))
+
+    def with_weights(weights: list[int], scales: list[int]) -> bytes:
+        codes = tensor(weights, INT8, field(9, bytes(math.prod(weights))), name="B")
+        return model(multiply, field(5, codes), field(5, tensor(scales, name="scales")), one)
+
+    for scales in ([3], [1], [1, 3]):
+        accept(tmp_path, with_weights([4, 3], scales))
+    for weights, scales in (([4, 1], [3]), ([4, 3], [4]), ([4, 3], [0]), ([4], [4])):
+        assert "one value or one a column" in refusal(with_weights(weights, scales))
+    computed = model(multiply, field(5, tensor([3], name="scales")), one)  # who knows its columns
+    assert f"{op_type} has weights 'B' []" in refusal(computed, allow_foreign=True)
 
 
 def test_a_file_without_a_graph_is_no_model(refusal):
