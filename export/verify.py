@@ -15,7 +15,9 @@ import numpy.typing as npt
 import torch
 
 from pico_edge.errors import PicoEdgeError
+from pico_edge.runtime.digests import digests
 from pico_edge.runtime.evaluate import evaluate
+from pico_edge.runtime.preflight import read_model_file
 from pico_edge.runtime.session import Session
 from pico_edge.train.model import GPT
 
@@ -122,10 +124,11 @@ def check_parity(parity: Parity, *, relative: float | None = None) -> None:
 def parity_record(
     session: Session, ids: Sequence[int], sample: Sequence[int], parity: Parity
 ) -> dict[str, Any]:
-    """What can be repeated on the device, without torch.
+    """What `pico_edge.runtime.verify` repeats on the device, without torch.
 
     A prompt, its greedy continuation by this very file on this machine, the largest logits after
-    the prompt, and the loss of a sample of text, each with how far another machine may be off.
+    the prompt, and the loss of a sample of text, each with how far another machine may be off; and
+    the digests of weights, nodes and metadata. session: on a file that holds all but this record.
     """
     sample = [int(i) for i in sample[:SAMPLE_TOKENS]]
     tolerance = REPLAY_TOLERANCES[session.export["precision"]]
@@ -146,6 +149,7 @@ def parity_record(
             "bits_per_byte": evaluate(session, sample).bits_per_byte,
             "tolerance_percent": tolerance.loss_percent,
         },
+        "digests": digests(read_model_file(session.path)),
         "max_abs_error": parity.max_abs_error,
         "max_rel_error": parity.max_rel_error,
         "greedy_match_tokens": parity.greedy_match_tokens,

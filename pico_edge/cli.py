@@ -18,7 +18,17 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from pico_edge import __version__
-from pico_edge.commands import bench, compare, eval, export, generate, train
+from pico_edge.commands import (
+    bench,
+    compare,
+    doctor,
+    eval,
+    export,
+    generate,
+    info,
+    train,
+    verify,
+)
 from pico_edge.errors import ArtefactError, PicoEdgeError
 from pico_edge.terminal import StoppedError, forget_stdout, say
 from pico_edge.train.distributed import place
@@ -77,7 +87,16 @@ def _pico_edge(
     pass
 
 
-for command in (train.train, export.export, generate.generate, bench.bench, compare.compare):
+for command in (
+    train.train,
+    export.export,
+    generate.generate,
+    bench.bench,
+    compare.compare,
+    verify.verify,
+    info.info,
+    doctor.doctor,
+):
     app.command()(command)
 app.command("eval")(eval.evaluate)
 

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import textwrap
 from collections.abc import Sequence
 from types import FrameType
 from typing import Annotated
@@ -20,6 +21,9 @@ import typer
 from pico_edge.errors import UsageError
 
 SIGPIPE = 13  # which Windows does not name
+COLUMNS = 80  # of tables for people
+NO_BREAK = "\u00a0"  # keeps a number and its unit on one line; printed as a space
+MAX_CHARACTERS = 2000  # of one entry of a table: a file may hold anything
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Nothing on stderr but errors.")]
@@ -55,6 +59,22 @@ def write(text: str) -> None:
 
 def print_json(value: object) -> None:
     write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def folded(label: str, text: str, *, indent: int) -> list[str]:
+    """Lines of at most COLUMNS: label, then text from column `indent` on.
+
+    Text out of a file must not control the terminal: what cannot be printed becomes "?".
+    """
+    plain = "".join(c if c.isprintable() or c == NO_BREAK else "?" for c in text[:MAX_CHARACTERS])
+    lines = textwrap.wrap(
+        plain,
+        COLUMNS,
+        initial_indent=label.ljust(indent),
+        subsequent_indent=" " * indent,
+        break_on_hyphens=False,
+    )
+    return [line.replace(NO_BREAK, " ") for line in lines or [label]]
 
 
 def say(text: str) -> None:

@@ -1,11 +1,17 @@
 """Run a `model.onnx` with numpy and onnxruntime, nothing else: the public API of pico_edge.runtime.
 
+The names are imported when first asked for: `info` and `doctor` work where onnxruntime does not.
 Try: `Model("model.onnx").generate("Hello", max_new_tokens=20, seed=1).text`.
 """
 
-from pico_edge.runtime.generate import Generation, Model, Options, Stream
-from pico_edge.runtime.score import TokenLogprob, TokenScore
-from pico_edge.runtime.session import Cache, Session
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pico_edge.runtime.generate import Generation, Model, Options, Stream
+    from pico_edge.runtime.score import TokenLogprob, TokenScore
+    from pico_edge.runtime.session import Cache, Session
 
 __all__ = [
     "Cache",
@@ -17,3 +23,15 @@ __all__ = [
     "TokenLogprob",
     "TokenScore",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Cache", "Session"):
+        from pico_edge.runtime import session as module
+    elif name in ("Generation", "Model", "Options", "Stream"):
+        from pico_edge.runtime import generate as module  # type: ignore[no-redef]
+    elif name in ("TokenLogprob", "TokenScore"):
+        from pico_edge.runtime import score as module  # type: ignore[no-redef]
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(module, name)

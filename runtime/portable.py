@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from pico_edge import artefact
 from pico_edge.config import GPTConfig
-from pico_edge.errors import UsageError
+from pico_edge.errors import ArtefactError, UsageError
 
 FloatArray = npt.NDArray[np.floating[Any]]
 Ids = Sequence[int] | npt.NDArray[np.integer[Any]]
@@ -74,7 +74,7 @@ class PortableCache:
         for at in range(0, len(ids), CHUNK_TOKENS):
             chunk = np.asarray(ids[at : at + CHUNK_TOKENS], np.int64)
             past = self.lengths[row]
-            logits, *self._rows[row] = self._run(
+            logits, *present = self._run(
                 {
                     artefact.INPUT_IDS: chunk[None],
                     artefact.ATTENTION_MASK: np.ones((1, past + len(chunk)), np.int64),
@@ -82,9 +82,26 @@ class PortableCache:
                     **dict(zip(self._names, self._rows[row], strict=True)),
                 }
             )
+            self._check_shapes(past + len(chunk), len(chunk), logits, present)
+            self._rows[row] = present
             self.lengths[row] += len(chunk)
             parts.append(logits[0] if all_logits else logits[0, -1:])
         return np.concatenate(parts) if all_logits else parts[-1]
+
+    def _check_shapes(
+        self, total: int, new: int, logits: FloatArray, present: Sequence[FloatArray]
+    ) -> None:
+        """onnxruntime only warns of an output that has not the shape that the file says."""
+        _, heads, _, channels = self._empty.shape
+        for found, expected in (
+            (logits.shape, (1, new, self._vocab_size)),
+            *((part.shape, (1, heads, total, channels)) for part in present),
+        ):
+            if found != expected:
+                raise ArtefactError(
+                    f"the model answered with shape {found} where {expected} was promised: "
+                    "copy the file or export it again"
+                )
 
     def decode(self, token_ids: Ids) -> FloatArray:
         """Add one token to each row; logits (B, V). Raises ValueError when a row is full."""

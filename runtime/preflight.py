@@ -1,30 +1,50 @@
 """Refuse an unsafe, damaged or foreign `model.onnx` before onnxruntime sees a byte of it.
 
-The file is mapped, and its protobuf wire format walked once: tensor contents are skipped, nothing
-is copied but names and metadata, no other file is opened. What the walk does not know it refuses,
-so that every field onnxruntime acts on has been looked at. Knows nothing of onnx, onnxruntime or
-running a model; that nodes fit together is for onnxruntime to say.
+The file is mapped, and its fields (`wire`) walked once: tensor contents are skipped, nothing is
+copied but names and metadata, no other file is opened. Inputs and outputs are then held to what the
+metadata promises (`contract`). Knows nothing of onnx, onnxruntime or running a model; that nodes
+fit together is for onnxruntime to say.
 
-Sources: https://protobuf.dev/programming-guides/encoding/ and onnx.proto of ONNX 1.23 (IR 14).
 Try: `read_model_file("model.onnx").config`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
-import re
 import stat
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from pico_edge import artefact
 from pico_edge.config import GPTConfig
 from pico_edge.errors import ArtefactError
+from pico_edge.runtime.contract import ValueInfo, contract_error
+from pico_edge.runtime.wire import (
+    AGAIN,
+    ATTRIBUTE,
+    DIMENSION,
+    ELEMENTS,
+    ENTRY,
+    GRAPH,
+    MODEL,
+    NODE,
+    OPSET,
+    OTHER_TYPES,
+    RAW_DATA,
+    SHAPE,
+    TENSOR,
+    TENSOR_TYPE,
+    TYPE,
+    VALUE,
+    Reader,
+    WireError,
+    signed,
+)
 from pico_edge.tokenizer import MAX_RANKS, PATTERNS, BPETokenizer, SimpleTokenizer
 
 MAX_FILE_BYTES = (1 << 31) - 1  # protobuf's own limit for one message
@@ -34,42 +54,26 @@ MAX_OPSETS = {"": 28, "com.microsoft": 1}
 MAX_NODES = 1_000_000
 MAX_SUBGRAPH_DEPTH = 4
 # Ours are smaller by orders of magnitude: these bound the time and memory a hostile file can take.
-MAX_FIELDS = 20_000_000
 MAX_ITEMS = 100_000  # of each: tensors, described values, metadata entries
 MAX_ATTRIBUTES = 1000  # of one node
 MAX_RANK = 32
-MAX_NAME_BYTES = 4096
 MAX_INT32 = (1 << 31) - 1
 MAX_ELEMENTS = MAX_FILE_BYTES * 4  # of 2 bits
+# Operators whose kernels read as many scales, zero points and biases as the weights have columns,
+# whatever is there: input of the weights, inputs of these.
+BY_COLUMN = {"MatMulIntegerToFloat": (1, (3, 5, 6)), "DynamicQuantizeMatMul": (1, (2, 3, 4))}
 MAX_METADATA_TOTAL_BYTES = 2 * artefact.MAX_METADATA_BYTES
-
-MAX_MESSAGE_CHARACTERS = 2000
-
-CACHE_TYPES = ("float32", "float16", "int8")
-LOGITS_TYPES = ("float32", "float16")
-
-
-@dataclass(frozen=True)
-class ValueInfo:
-    """A graph input or output.
-
-    elem_type: as "float32", "?" if not said.
-    shape: sizes, names of free axes, "?" for an axis without either; ("...",) if no rank is said.
-    """
-
-    name: str
-    elem_type: str
-    shape: tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """An initializer. n_bytes: length of its contents in the file."""
+    """An initializer. n_bytes: length of its contents. span: where its message is in the file."""
 
     name: str
     elem_type: str
     shape: tuple[int, ...]
     n_bytes: int
+    span: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class ModelFile:
     size: bytes. identity: device, inode, size, mtime_ns. opsets: domain -> version, "" is ai.onnx.
     op_types: how many nodes of each, subgraphs included; "Gemm", "com.microsoft.FastGelu".
     metadata: `artefact.KEYS` -> parsed JSON; empty, and config None, for a foreign file.
+    graph_span: where the graph is in the file; its initializers have spans inside it.
     """
 
     path: Path
@@ -93,6 +98,7 @@ class ModelFile:
     node_count: int
     op_types: dict[str, int]
     initializers: list[Tensor]
+    graph_span: tuple[int, int]
     config: GPTConfig | None
 
 
@@ -116,7 +122,7 @@ def read_model_file(path: str | os.PathLike[str], *, allow_foreign: bool = False
         with mmap.mmap(file.fileno(), found.st_size, access=mmap.ACCESS_READ) as data:
             try:
                 model_file = _Walk(path, data).model(_identity(found), allow_foreign)
-            except _WireError as error:
+            except WireError as error:
                 reason = _guess(data[:1024]) or f"damaged or cut short ({error}): {AGAIN}"
                 raise ArtefactError(f"{path}: not a whole ONNX model: {reason}") from error
         if _identity(os.fstat(file.fileno())) != model_file.identity:
@@ -137,7 +143,6 @@ def _identity(found: os.stat_result) -> tuple[int, int, int, int]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-AGAIN = "copy or export it again"
 UPGRADE = "upgrade pico-edge"
 
 
@@ -167,230 +172,15 @@ def _guess(head: bytes) -> str | None:
     return None
 
 
-class _WireError(Exception):
-    """The bytes are not the protobuf message that they should be."""
-
-
-# Wire types, and MANY for a field that may be repeated.
-VARINT, FIXED64, LENGTH, FIXED32, MANY = 0, 1, 2, 5, 8
-
-
-class _Message(NamedTuple):
-    """A message: tag (field number << 3 | wire type) -> whether the field may be repeated."""
-
-    name: str
-    tags: dict[int, bool]
-
-
-RAW_DATA = 9  # of TensorProto
-
-
-def _message(name: str, fields: dict[int, int]) -> _Message:
-    tags = {}
-    for number, kind in fields.items():
-        tags[number << 3 | kind & 7] = bool(kind & MANY)
-        if kind & MANY:  # repeated numbers come one by one or packed
-            tags[number << 3 | LENGTH] = True
-    return _Message(name, tags)
-
-
-_L, _M = LENGTH, LENGTH | MANY
-_MODEL = _message(
-    "ModelProto",
-    {
-        1: VARINT,
-        2: _L,
-        3: _L,
-        4: _L,
-        5: VARINT,
-        6: _L,
-        7: _L,
-        8: _M,
-        14: _M,
-        20: _M,
-        25: _M,
-        26: _M,
-    },
-)
-_OPSET = _message("OperatorSetIdProto", {1: _L, 2: VARINT})
-_ENTRY = _message("StringStringEntryProto", {1: _L, 2: _L})
-_GRAPH = _message(
-    "GraphProto", {1: _M, 2: _L, 5: _M, 10: _L, 11: _M, 12: _M, 13: _M, 14: _M, 15: _M, 16: _M}
-)
-_NODE = _message(
-    "NodeProto", {1: _M, 2: _M, 3: _L, 4: _L, 5: _M, 6: _L, 7: _L, 8: _L, 9: _M, 10: _M}
-)
-_ATTRIBUTE = _message(
-    "AttributeProto",
-    {
-        **dict.fromkeys((1, 4, 5, 6, 13, 14, 21, 22), _L),
-        **dict.fromkeys((9, 10, 11, 15, 23), _M),
-        **dict.fromkeys((3, 20), VARINT),
-        2: FIXED32,
-        7: FIXED32 | MANY,
-        8: VARINT | MANY,
-    },
-)
-_TENSOR = _message(
-    "TensorProto",
-    {
-        **dict.fromkeys((3, 8, 9, 12), _L),
-        **dict.fromkeys((6, 13, 16), _M),
-        **dict.fromkeys((1, 5, 7, 11), VARINT | MANY),
-        **dict.fromkeys((2, 14), VARINT),
-        4: FIXED32 | MANY,
-        10: FIXED64 | MANY,
-    },
-)
-_VALUE = _message("ValueInfoProto", {1: _L, 2: _L, 3: _L, 4: _M})
-_TYPE = _message("TypeProto", {1: _L, 4: _L, 5: _L, 6: _L, 7: _L, 8: _L, 9: _L})
-_TENSOR_TYPE = _message("TypeProto.Tensor", {1: VARINT, 2: _L})
-_SHAPE = _message("TensorShapeProto", {1: _M})
-_DIMENSION = _message("TensorShapeProto.Dimension", {1: VARINT, 2: _L, 3: _L})
-
-OTHER_TYPES = {4: "sequence", 5: "map", 7: "opaque", 8: "sparse_tensor", 9: "optional"}
-
-
-class _Element(NamedTuple):
-    """An element type: name, size in bits, and the TensorProto field of its values when not raw."""
-
-    name: str
-    bits: int
-    field: int
-
-
-_ELEMENTS = {
-    1: _Element("float32", 32, 4),
-    2: _Element("uint8", 8, 5),
-    3: _Element("int8", 8, 5),
-    4: _Element("uint16", 16, 5),
-    5: _Element("int16", 16, 5),
-    6: _Element("int32", 32, 5),
-    7: _Element("int64", 64, 7),
-    8: _Element("string", 0, 6),
-    9: _Element("bool", 8, 5),
-    10: _Element("float16", 16, 5),
-    11: _Element("float64", 64, 10),
-    12: _Element("uint32", 32, 11),
-    13: _Element("uint64", 64, 11),
-    16: _Element("bfloat16", 16, 5),
-    17: _Element("float8e4m3fn", 8, 5),
-    18: _Element("float8e4m3fnuz", 8, 5),
-    19: _Element("float8e5m2", 8, 5),
-    20: _Element("float8e5m2fnuz", 8, 5),
-    21: _Element("uint4", 4, 5),
-    22: _Element("int4", 4, 5),
-    23: _Element("float4e2m1", 4, 5),
-    24: _Element("float8e8m0", 8, 5),
-    25: _Element("uint2", 2, 5),
-    26: _Element("int2", 2, 5),
-}
-
-_LONG_VARINT = re.compile(rb"[\x80-\xff]{10}")
-_CONTINUED = bytes(range(128, 256))
-_CHUNK_BYTES = 1 << 20
-
-
-class _Walk:
+class _Walk(Reader):
     """One pass over one file: where it is, and what has been counted."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self.path = path
-        self.data = data
-        self.fields_seen = 0
+        super().__init__(path, data)
         self.node_count = 0
         self.tensors_seen = 0
         self.values_seen = 0
         self.op_types: Counter[str] = Counter()
-
-    def refuse(self, text: str) -> NoReturn:
-        # Names in the file are anyone's: they must not break the line or control the terminal.
-        line = "".join(c if c.isprintable() else "?" for c in text[:MAX_MESSAGE_CHARACTERS])
-        raise ArtefactError(f"{self.path}: {line}")
-
-    # The wire format.
-
-    def fields(self, message: _Message, pos: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """(number, value, -1) for a varint, (number, start, end) for all other fields."""
-        data, tags = self.data, message.tags
-        seen = 0
-        while pos < end:
-            start = pos
-            tag = data[pos]
-            pos += 1
-            if tag > 127:
-                tag, pos = self.varint(start, end)
-            repeated = tags.get(tag)
-            if repeated is None:
-                raise _WireError(
-                    f"byte {start}: {message.name} has no field {tag >> 3} of wire type {tag & 7}"
-                )
-            number = tag >> 3
-            if not repeated:  # protobuf would merge two messages, or take the last of two values
-                if seen >> number & 1:
-                    raise _WireError(f"byte {start}: {message.name} repeats field {number}")
-                seen |= 1 << number
-            wire = tag & 7
-            if wire == VARINT:
-                value, pos = self.varint(pos, end)
-                yield number, value, -1
-            else:
-                length = 4 if wire == FIXED32 else 8
-                if wire == LENGTH:
-                    length, pos = self.varint(pos, end)
-                if length > end - pos:
-                    raise _WireError(
-                        f"byte {start}: field of {length} bytes in the last {end - pos} "
-                        f"of {message.name}"
-                    )
-                yield number, pos, pos + length
-                pos += length
-            self.fields_seen += 1
-            if self.fields_seen > MAX_FIELDS:
-                self.refuse(f"more than {MAX_FIELDS} fields: expected a model of pico-edge")
-
-    def varint(self, pos: int, end: int) -> tuple[int, int]:
-        """The unsigned number at pos, below 2^64, and the position after it."""
-        data = self.data
-        if pos < end and data[pos] < 128:  # nearly all of them
-            return data[pos], pos + 1
-        start, value, shift = pos, 0, 0
-        while pos < end:
-            byte = data[pos]
-            pos += 1
-            value |= (byte & 127) << shift
-            if byte < 128:
-                if value >> 64:
-                    break
-                return value, pos
-            shift += 7
-            if shift == 70:
-                break
-        raise _WireError(f"byte {start}: no valid number")
-
-    def packed(self, pos: int, end: int) -> Iterator[int]:
-        while pos < end:
-            value, pos = self.varint(pos, end)
-            yield value
-
-    def count_varints(self, pos: int, end: int) -> int:
-        """How many numbers are packed there, found without decoding them."""
-        if pos == end:
-            return 0
-        if self.data[end - 1] > 127 or _LONG_VARINT.search(self.data, pos, end) is not None:
-            raise _WireError(f"byte {pos}: no valid packed numbers")
-        return sum(
-            len(self.data[start : min(start + _CHUNK_BYTES, end)].translate(None, _CONTINUED))
-            for start in range(pos, end, _CHUNK_BYTES)
-        )
-
-    def text(self, pos: int, end: int, what: str) -> str:
-        if end - pos > MAX_NAME_BYTES:
-            self.refuse(f"{what} of {end - pos} bytes: expected at most {MAX_NAME_BYTES}")
-        try:
-            return self.data[pos:end].decode("utf-8")
-        except UnicodeDecodeError:
-            self.refuse(f"{what} at byte {pos} is not UTF-8: {AGAIN}")
 
     # The messages of ONNX.
 
@@ -398,7 +188,7 @@ class _Walk:
         ir_version, producer = 0, ""
         graph: tuple[int, int] | None = None
         opset_spans, entries = [], []
-        for number, start, end in self.fields(_MODEL, 0, len(self.data)):
+        for number, start, end in self.fields(MODEL, 0, len(self.data)):
             if number == 1:
                 ir_version = start
             elif number == 2:
@@ -428,11 +218,13 @@ class _Walk:
             )
         opsets = self.opsets(opset_spans)
         if graph is None:
-            raise _WireError("no graph")
+            raise WireError("no graph")
         inputs, outputs, initializers = self.graph(*graph, 0)
         if config is not None:
             portable = metadata[artefact.EXPORT_KEY].get("target") == artefact.PORTABLE
-            self.check_contract(config, inputs, outputs, portable)
+            difference = contract_error(config, inputs, outputs, portable=portable)
+            if difference is not None:
+                self.refuse(f"{difference}: {AGAIN}")
         return ModelFile(
             path=self.path,
             size=len(self.data),
@@ -446,6 +238,7 @@ class _Walk:
             node_count=self.node_count,
             op_types=dict(self.op_types),
             initializers=initializers,
+            graph_span=graph,
             config=config,
         )
 
@@ -453,7 +246,7 @@ class _Walk:
         versions: dict[str, int] = {}
         for span in spans:
             domain, version = "", 0
-            for number, start, end in self.fields(_OPSET, *span):
+            for number, start, end in self.fields(OPSET, *span):
                 if number == 1:
                     domain = self.domain(start, end)
                 elif number == 2:
@@ -486,9 +279,10 @@ class _Walk:
         if depth > MAX_SUBGRAPH_DEPTH:
             self.refuse(f"graphs nested deeper than {MAX_SUBGRAPH_DEPTH}: expected a flat graph")
         inputs, outputs, initializers = [], [], []
-        for number, start, stop in self.fields(_GRAPH, pos, end):
+        by_column: list[tuple[str, list[str]]] = []
+        for number, start, stop in self.fields(GRAPH, pos, end):
             if number == 1:
-                self.node(start, stop, depth)
+                self.node(start, stop, depth, by_column)
             elif number == 2:
                 self.text(start, stop, "graph name")
             elif number == 5:
@@ -501,15 +295,38 @@ class _Walk:
                 self.value(start, stop)
             elif number == 15:
                 self.refuse_sparse()
+        if by_column:
+            shapes = {tensor.name: tensor.shape for tensor in initializers}
+            for op_type, names in by_column:
+                self.check_by_column(op_type, names, shapes)
         return inputs, outputs, initializers
 
-    def node(self, pos: int, end: int, depth: int) -> None:
+    def check_by_column(
+        self, op_type: str, names: list[str], shapes: dict[str, tuple[int, ...]]
+    ) -> None:
+        """Weights and what belongs to their columns are initializers, and fit each other."""
+        weights, others = BY_COLUMN[op_type]
+        shape = shapes.get(names[weights], ()) if len(names) > weights else ()
+        for i in others:
+            if i >= len(names) or not names[i]:
+                continue
+            count = math.prod(shapes[names[i]]) if names[i] in shapes else -1
+            if len(shape) != 2 or count not in (1, shape[1]):
+                self.refuse(
+                    f"{op_type} has weights {names[weights][:80]!r} {list(shape)} with "
+                    f"{names[i][:80]!r}: expected initializers, and one value or one a column: "
+                    f"{AGAIN}"
+                )
+
+    def node(self, pos: int, end: int, depth: int, by_column: list[tuple[str, list[str]]]) -> None:
+        """by_column: to which the node is added, with its inputs, if it is one of BY_COLUMN."""
         self.node_count += 1
         if self.node_count > MAX_NODES:
             self.refuse(f"more than {MAX_NODES} nodes: expected a model of pico-edge")
         domain, op_type, n_outputs = "", "", 0
+        names: list[str] = []  # of the inputs
         integers: dict[str, int] = {}  # all attributes; 0 for one that is no integer
-        for number, start, stop in self.fields(_NODE, pos, end):
+        for number, start, stop in self.fields(NODE, pos, end):
             n_outputs += number == 2
             if number == 4:
                 op_type = self.text(start, stop, "operator name")
@@ -518,7 +335,11 @@ class _Walk:
             elif number == 7:
                 domain = self.domain(start, stop)
             elif number in (1, 2, 3):  # or onnxruntime's own errors end in UnicodeDecodeError
-                self.text(start, stop, "name in a node")
+                name = self.text(start, stop, "name in a node")
+                if number == 1:
+                    names.append(name)
+        if op_type in BY_COLUMN:
+            by_column.append((op_type, names))
         self.check_node(op_type, n_outputs, integers)
         self.op_types[f"{domain}.{op_type}" if domain else op_type] += 1
 
@@ -540,11 +361,11 @@ class _Walk:
 
     def attribute(self, pos: int, end: int, depth: int, integers: dict[str, int]) -> None:
         name, integer = "", 0
-        for number, start, stop in self.fields(_ATTRIBUTE, pos, end):
+        for number, start, stop in self.fields(ATTRIBUTE, pos, end):
             if number == 1:
                 name = self.text(start, stop, "attribute name")
             elif number == 3:
-                integer = _signed(start)
+                integer = signed(start)
             elif number in (5, 10):
                 self.tensor(start, stop)
             elif number in (6, 11):
@@ -571,7 +392,7 @@ class _Walk:
         name, data_type, dims = "", 0, list[int]()
         stored: Counter[int] = Counter()  # field of contents -> elements there; bytes if raw
         n_bytes = 0
-        for number, start, stop in self.fields(_TENSOR, pos, end):
+        for number, start, stop in self.fields(TENSOR, pos, end):
             if number == 1:
                 for dim in (start,) if stop < 0 else self.packed(start, stop):
                     dims.append(dim)
@@ -588,7 +409,7 @@ class _Walk:
             elif number in (4, 5, 6, 7, 9, 10, 11):
                 n_bytes += stop - start if stop >= 0 else 0
                 stored[number] += self.n_stored(number, start, stop)
-        element = _ELEMENTS.get(data_type)
+        element = ELEMENTS.get(data_type)
         if element is None:
             self.refuse(f"tensor {name[:80]!r} has element type {data_type}: expected a known one")
         n_elements = self.n_elements(name, dims)
@@ -605,7 +426,7 @@ class _Walk:
                 f"tensor {name[:80]!r} stores {found} {unit}: "
                 f"{element.name} {dims} takes {expected}, and nothing else: {AGAIN}"
             )
-        return Tensor(name, element.name, tuple(dims), n_bytes)
+        return Tensor(name, element.name, tuple(dims), n_bytes, (pos, end))
 
     def n_stored(self, number: int, start: int, stop: int) -> int:
         """Values in one occurrence of a contents field of TensorProto; bytes for raw_data."""
@@ -616,7 +437,7 @@ class _Walk:
             is_one = stop < 0 or number == 6
             return 1 if is_one else self.count_varints(start, stop)
         if (stop - start) % size:
-            raise _WireError(f"byte {start}: no valid packed numbers")
+            raise WireError(f"byte {start}: no valid packed numbers")
         return (stop - start) // size
 
     def n_elements(self, name: str, dims: list[int]) -> int:
@@ -626,7 +447,7 @@ class _Walk:
             bound *= dim or 1
             if bound > MAX_ELEMENTS:  # a negative number arrives as one above 2^63
                 self.refuse(
-                    f"tensor {name[:80]!r} has dimensions {[_signed(dim) for dim in dims]}: "
+                    f"tensor {name[:80]!r} has dimensions {[signed(dim) for dim in dims]}: "
                     f"expected none negative, and at most {MAX_ELEMENTS} elements"
                 )
         return total
@@ -634,7 +455,7 @@ class _Walk:
     def refuse_external(self, pos: int, end: int) -> NoReturn:
         """pos, end: the tensor. Only its own words are read, never the file that they name."""
         name, location = "", ""
-        for number, start, stop in self.fields(_TENSOR, pos, end):
+        for number, start, stop in self.fields(TENSOR, pos, end):
             if number == 8:
                 name = self.text(start, stop, "tensor name")
             elif number == 13:
@@ -653,7 +474,7 @@ class _Walk:
         name = ""
         elem_type: str = "?"
         shape: tuple[int | str, ...] = ("...",)
-        for number, start, stop in self.fields(_VALUE, pos, end):
+        for number, start, stop in self.fields(VALUE, pos, end):
             if number == 1:
                 name = self.text(start, stop, "value name")
             elif number == 2:
@@ -663,7 +484,7 @@ class _Walk:
     def type(self, pos: int, end: int) -> tuple[str, tuple[int | str, ...]]:
         elem_type: str = "?"
         shape: tuple[int | str, ...] = ("...",)
-        for number, start, stop in self.fields(_TYPE, pos, end):
+        for number, start, stop in self.fields(TYPE, pos, end):
             if number == 1:
                 elem_type, shape = self.tensor_type(start, stop)
             elif number != 6:
@@ -673,20 +494,20 @@ class _Walk:
     def tensor_type(self, pos: int, end: int) -> tuple[str, tuple[int | str, ...]]:
         elem_type: str = "?"
         shape: tuple[int | str, ...] = ("...",)
-        for number, start, stop in self.fields(_TENSOR_TYPE, pos, end):
+        for number, start, stop in self.fields(TENSOR_TYPE, pos, end):
             if number == 1:
-                if start not in _ELEMENTS:
+                if start not in ELEMENTS:
                     self.refuse(f"a value has element type {start}: expected a known one")
-                elem_type = _ELEMENTS[start].name
+                elem_type = ELEMENTS[start].name
             elif number == 2:
                 shape = self.shape(start, stop)
         return elem_type, shape
 
     def shape(self, pos: int, end: int) -> tuple[int | str, ...]:
         axes: list[int | str] = []
-        for _, start, stop in self.fields(_SHAPE, pos, end):
+        for _, start, stop in self.fields(SHAPE, pos, end):
             axis: int | str = "?"
-            for number, value, last in self.fields(_DIMENSION, start, stop):
+            for number, value, last in self.fields(DIMENSION, start, stop):
                 if number == 3:
                     continue
                 if axis != "?":
@@ -694,7 +515,7 @@ class _Walk:
                 if number == 2:
                     axis = self.text(value, last, "axis name") or "?"
                 elif value > MAX_ELEMENTS:
-                    self.refuse(f"an axis of size {_signed(value)}: {AGAIN}")
+                    self.refuse(f"an axis of size {signed(value)}: {AGAIN}")
                 else:
                     axis = value
             axes.append(axis)
@@ -707,7 +528,7 @@ class _Walk:
     def entry(self, pos: int, end: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Where the key and the value of a StringStringEntryProto are; (0, 0) if absent."""
         key = value = (0, 0)
-        for number, start, stop in self.fields(_ENTRY, pos, end):
+        for number, start, stop in self.fields(ENTRY, pos, end):
             if number == 1:
                 key = start, stop
             else:
@@ -761,7 +582,11 @@ class _Walk:
         if end - start > most:
             self.refuse(f"metadata {key[:80]!r} has {end - start} bytes: expected at most {most}")
         try:
-            return json.loads(self.data[start:end].decode("utf-8"), parse_constant=_no_constant)
+            return json.loads(
+                self.data[start:end].decode("utf-8"),
+                parse_constant=_no_constant,
+                parse_float=_finite,
+            )
         except UnicodeDecodeError:
             self.refuse(f"metadata {key[:80]!r} is not UTF-8: {AGAIN}")
         except (ValueError, RecursionError) as error:
@@ -796,106 +621,13 @@ class _Walk:
         if n_vocab > config.vocab_size:
             self.refuse(f"tokenizer of {n_vocab} ids for a model of {config.vocab_size}: {AGAIN}")
 
-    # What the session binds.
-
-    def check_contract(
-        self,
-        config: GPTConfig,
-        inputs: list[ValueInfo],
-        outputs: list[ValueInfo],
-        portable: bool,
-    ) -> None:
-        """The inputs and outputs are those of `artefact` for this config."""
-        n_layer = config.n_layer
-        tokens = _Expected(("int64",), ("B", "S"))
-        if portable:
-            first = {
-                artefact.INPUT_IDS: tokens,
-                artefact.ATTENTION_MASK: _Expected(("int64",), ("B", "T")),
-                artefact.POSITION_IDS: tokens,
-            }
-            logits_shape: tuple[int | str, ...] = ("B", "S", config.vocab_size)
-        else:
-            first = {
-                artefact.INPUT_IDS: tokens,
-                artefact.POSITION_IDS: tokens,
-                artefact.SEQLENS_K: _Expected(("int32",), ("B",)),
-                artefact.TOTAL_SEQ_LEN: _Expected(("int32",), ()),
-                artefact.OUT_INDEX: _Expected(("int64",), ("N",)),
-            }
-            logits_shape = ("N", config.vocab_size)
-        n_inputs = len(first) + 2 * n_layer
-        if len(inputs) != n_inputs or len(outputs) != 1 + 2 * n_layer:
-            self.refuse(
-                f"{len(inputs)} inputs and {len(outputs)} outputs: expected {n_inputs} "
-                f"and {1 + 2 * n_layer} for the {n_layer} layers in its metadata: {AGAIN}"
-            )
-        pasts, presents = artefact.past_names(n_layer), artefact.present_names(n_layer)
-        cache_shape = ("B", config.n_head, "K", config.head_dim)
-        past_set = frozenset(pasts)
-        found_types = {value.elem_type for value in inputs if value.name in past_set}
-        # One type for all of them: mixed ones are listed as differences from the first choice.
-        cache_types = tuple(found_types) if len(found_types) == 1 else CACHE_TYPES[:1]
-        cache_types = tuple(name for name in cache_types if name in CACHE_TYPES) or CACHE_TYPES
-        cache = _Expected(cache_types, cache_shape)
-        differences = _differences(
-            "input",
-            {**first, **dict.fromkeys(pasts, cache)},
-            inputs,
-        ) + _differences(
-            "output",
-            {
-                artefact.LOGITS: _Expected(LOGITS_TYPES, logits_shape),
-                **dict.fromkeys(presents, cache),
-            },
-            outputs,
-        )
-        if differences:
-            more = f"; and {len(differences) - 8} more" if len(differences) > 8 else ""
-            self.refuse(
-                f"the graph differs from its metadata: {'; '.join(differences[:8])}{more}: {AGAIN}"
-            )
-
-
-class _Expected(NamedTuple):
-    """Allowed element types; sizes, and names for axes that must be free."""
-
-    elem_types: tuple[str, ...]
-    shape: tuple[int | str, ...]
-
-
-def _differences(kind: str, expected: dict[str, _Expected], values: list[ValueInfo]) -> list[str]:
-    found = {value.name: value for value in values}
-    differences = [
-        f"{kind} {name[:80]!r} found, none expected" for name in found if name not in expected
-    ]
-    for name, want in expected.items():
-        wanted = f"{' or '.join(want.elem_types)} {_shape_text(want.shape)}"
-        value = found.get(name)
-        if value is None:
-            differences.append(f"{kind} {name} missing, expected {wanted}")
-        elif value.elem_type not in want.elem_types or not _fits(value.shape, want.shape):
-            actual = f"{value.elem_type} {_shape_text(value.shape)}"
-            differences.append(f"{kind} {name} expected {wanted}, found {actual}")
-    return differences
-
-
-def _fits(shape: tuple[int | str, ...], expected: tuple[int | str, ...]) -> bool:
-    return len(shape) == len(expected) and all(
-        isinstance(axis, str) if isinstance(want, str) else axis == want
-        for axis, want in zip(shape, expected, strict=True)
-    )
-
-
-def _shape_text(shape: tuple[int | str, ...]) -> str:
-    """Example: ("B", 2, "K", 16) -> "(B, 2, K, 16)"."""
-    return f"({', '.join(str(axis)[:40] for axis in shape)})"
-
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _signed(value: int) -> int:
-    """A protobuf int64 from the unsigned number on the wire."""
-    return value - (1 << 64) if value >> 63 else value
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):  # 1e999 is infinite, and nothing could print it as JSON again
+        raise ValueError(f"{text[:40]} is no JSON number")
+    return value

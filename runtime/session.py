@@ -1,7 +1,7 @@
 """A `model.onnx` on onnxruntime: Session holds the weights, a Cache the state of one generation.
 
-The only module that imports onnxruntime. Knows ids and logits, not text or sampling. Shapes: B
-batch, S new tokens of a call, H n_head, K capacity, D head_dim, V vocab_size.
+Knows ids and logits, not text or sampling. Shapes: B batch, S new tokens of a call, H n_head,
+K capacity, D head_dim, V vocab_size.
 
 Try: `Session("model.onnx").new_cache().prefill([[72, 105]])` -> logits (1, V) of the next token.
 """
@@ -9,7 +9,6 @@ Try: `Session("model.onnx").new_cache().prefill([[72, 105]])` -> logits (1, V) o
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import os
 import statistics
 from collections.abc import Sequence
@@ -24,15 +23,21 @@ from pico_edge import artefact
 from pico_edge.config import GPTConfig
 from pico_edge.errors import ArtefactError, PicoEdgeError, UsageError
 from pico_edge.ngrams import NGrams
+from pico_edge.runtime.installed import (
+    DISTRIBUTIONS,
+    import_onnxruntime,
+    install_advice,
+    onnxruntime_distributions,
+    overlap_notice,
+    too_old,
+    upgrade_advice,
+)
 from pico_edge.runtime.portable import PortableCache
 from pico_edge.runtime.preflight import check_unchanged, read_model_file
 from pico_edge.runtime.threads import Pace, fixed_threads, physical_cores
 from pico_edge.tokenizer import Tokenizer, tokenizer_from_dict
 
-# Read once, when onnxruntime is imported; from 1.29 on its telemetry is on by default.
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"
-
-import onnxruntime as ort  # type: ignore[import-untyped]
+ort = import_onnxruntime()
 
 FloatArray = npt.NDArray[np.floating[Any]]
 IntArray = npt.NDArray[np.int32]
@@ -45,12 +50,6 @@ ORT_PROVIDERS = {
     "directml": "DmlExecutionProvider",
 }
 ORT_DEVICES = {"cpu": "cpu", "cuda": "cuda", "directml": "dml"}
-# The distribution of onnxruntime that brings a provider. All install the same files: one at a time.
-DISTRIBUTIONS = {
-    "cpu": "onnxruntime",
-    "cuda": "onnxruntime-gpu",
-    "directml": "onnxruntime-directml",
-}
 DTYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -109,6 +108,12 @@ class Session:
         self.provider, self.notices = choose_provider(
             wanted, self.export.get("target"), ort.get_available_providers(), file=self.path.name
         )
+        needed = self.export.get("min_onnxruntime")
+        if too_old(ort.__version__, needed):
+            raise PicoEdgeError(f"{self.path}: {upgrade_advice(ort.__version__, needed)}")
+        overlap = overlap_notice()
+        if overlap is not None:
+            self.notices.append(overlap)
         self.device = ORT_DEVICES[self.provider]
         started = clock()
         self.ort = _load(self.path, self.provider, most)
@@ -597,33 +602,6 @@ def choose_provider(
     if problems:
         raise PicoEdgeError("; ".join(problems))
     return wanted, []
-
-
-def install_advice(provider: str) -> str:
-    """The line that installs onnxruntime with a provider, minding what is installed already."""
-    wanted = DISTRIBUTIONS[provider]
-    installed = onnxruntime_distributions()
-    if len(installed) > 1:
-        return (
-            f"{' and '.join(installed)} are installed over each other: "
-            f"pip uninstall -y {' '.join(installed)}, then pip install {wanted}"
-        )
-    others = [name for name in installed if name != wanted]
-    if others:
-        return f"pip uninstall -y {others[0]}, then pip install {wanted}"
-    return f"pip install --force-reinstall {wanted}"
-
-
-def onnxruntime_distributions() -> list[str]:
-    """The installed distributions that hold onnxruntime; more than one break each other."""
-    found = []
-    for name in DISTRIBUTIONS.values():
-        try:
-            importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        found.append(name)
-    return found
 
 
 def _load(path: Path, provider: str, threads: int) -> Any:

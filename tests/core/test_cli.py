@@ -30,6 +30,7 @@ FLAGS = {
         "--data --debug --depth --json --new-tokens --prompt-tokens --quiet --rounds --threads"
     ),
     "eval": "--compare --debug --encoding --json --quiet --stride --text-field --threads",
+    "doctor": "--debug --json --quiet",
     "export": (
         "--bits --debug --eval-data --force --json --max-loss-increase --out --quantize --quiet "
         "--target"
@@ -41,6 +42,7 @@ FLAGS = {
         "--repetition-penalty --seed --speculate --stop --stream --temperature --threads --top-k "
         "--top-p --typical-p"
     ),
+    "info": "--debug --json --quiet",
     "train": (
         "--batch-size --beta1 --beta2 --bias --block-size --compile --debug --device --dropout "
         "--dtype --encoding --eval-interval --eval-iters --force --gelu --grad-accum --grad-clip "
@@ -50,6 +52,7 @@ FLAGS = {
         "--text-field --threads --tokenizer --val-data --val-fraction --vocab-size --warmup-iters "
         "--weight-decay"
     ),
+    "verify": "--debug --json --provider --quiet --threads",
 }
 JSON_KEYS = {
     "prompt",

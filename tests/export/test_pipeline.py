@@ -23,8 +23,10 @@ from pico_edge.export.targets import Target
 from pico_edge.export.verify import SAMPLE_TOKENS, Parity, check_parity
 from pico_edge.runtime import Model
 from pico_edge.runtime.evaluate import evaluate
+from pico_edge.runtime.info import info
 from pico_edge.runtime.preflight import read_model_file
 from pico_edge.runtime.session import Session
+from pico_edge.runtime.verify import verify
 from pico_edge.train.checkpoint import build_model, load_checkpoint
 from pico_edge.train.model import GPT
 
@@ -113,6 +115,20 @@ def test_the_parity_record_is_what_the_file_does(int8_path: Path) -> None:
     for _ in record["greedy_ids"][1:]:
         greedy.append(int(cache.decode([greedy[-1]])[0, :257].argmax()))
     assert greedy == record["greedy_ids"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4", "wide"])
+def test_a_file_verifies_and_carries_its_quality(
+    precision: str, request: pytest.FixtureRequest
+) -> None:
+    report = request.getfixturevalue(f"{precision}_report")
+    found = verify(report["file"], threads=1)
+    assert [check["detail"] for check in found["checks"] if not check["ok"]] == []
+    quality = info(report["file"])["quality"]
+    assert {**quality, "calibration_tokens": None} == {
+        **report["quality"],
+        "calibration_tokens": None,
+    }
 
 
 @pytest.mark.parametrize("gelu", ["tanh", "erf"])

@@ -1,13 +1,16 @@
 """What people embed: threads, batches of unequal prompts, cancelling, information, re-use."""
 
 import itertools
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
+from pico_edge import artefact
 from pico_edge.errors import PicoEdgeError, UsageError
 from pico_edge.runtime import Model
 
@@ -162,8 +165,17 @@ def test_what_the_file_says_of_itself(model):
     assert model.info["config"]["n_layer"] == model.config.n_layer
 
 
-def test_files_without_the_newer_sampling_settings_have_their_defaults(model):
-    assert "typical_p" not in model.session.sampling  # the files here are older
+def test_files_without_the_newer_sampling_settings_have_their_defaults(tmp_path):
+    older = onnx.load(DATA / "tiny.onnx")
+    for entry in older.metadata_props:
+        if entry.key == artefact.SAMPLING_KEY:
+            values = json.loads(entry.value)
+            for name in ("typical_p", "min_new_tokens", "no_repeat_ngram_size"):
+                del values[name]
+            entry.value = json.dumps(values)
+    onnx.save(older, tmp_path / "older.onnx")
+    model = Model(tmp_path / "older.onnx", threads=1)
+    assert "typical_p" not in model.session.sampling
     assert model.sampling.typical_p == 1
     assert model.sampling.min_new_tokens == model.sampling.no_repeat_ngram_size == 0
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import random
 import subprocess
@@ -23,8 +24,9 @@ from hypothesis import strategies as st
 from pico_edge import artefact
 from pico_edge.config import GPTConfig
 from pico_edge.errors import ArtefactError
-from pico_edge.runtime import preflight
-from pico_edge.runtime.preflight import Tensor, ValueInfo, check_unchanged, read_model_file
+from pico_edge.runtime import preflight, wire
+from pico_edge.runtime.contract import ValueInfo
+from pico_edge.runtime.preflight import Tensor, check_unchanged, read_model_file
 from pico_edge.tokenizer import BPETokenizer, SimpleTokenizer
 
 TINY = Path(__file__).parents[1] / "data" / "tiny.onnx"
@@ -204,7 +206,11 @@ def test_a_sound_file_is_described(tmp_path):
     assert found.opsets == {"": 20, "com.microsoft": 1}
     assert found.node_count == 2
     assert found.op_types == {"Gather": 1, "com.microsoft.FastGelu": 1}
-    assert found.initializers == [Tensor("w", "float32", (3, 2), 24)]
+    (weight,) = found.initializers
+    assert weight == Tensor("w", "float32", (3, 2), 24, weight.span)
+    data = found.path.read_bytes()
+    assert data[slice(*weight.span)] == tensor([3, 2])
+    assert data[slice(*found.graph_span)].startswith(field(1, node("Gather")))
     assert found.inputs[0] == ValueInfo("input_ids", "int64", ("batch", "seq"))
     assert found.inputs[3] == ValueInfo("total_seq_len", "int32", ())
     assert found.outputs[0] == ValueInfo("logits", "float32", ("n_out", 272))
@@ -472,7 +478,7 @@ def test_what_costs_memory_is_counted(refusal, data, expected):
 
 
 def test_the_number_of_fields_is_bounded(refusal, monkeypatch):
-    monkeypatch.setattr(preflight, "MAX_FIELDS", 1000)
+    monkeypatch.setattr(wire, "MAX_FIELDS", 1000)
     assert "more than 1000 fields" in refusal(model(field(1, field(1, "x") * 1000)))
 
 
@@ -796,6 +802,35 @@ def test_layers_claimed_by_the_metadata_cost_nothing(refusal):
 )
 def test_what_is_no_model_gets_a_helpful_guess(refusal, data, expected):
     assert expected in refusal(data)
+
+
+@pytest.mark.parametrize(
+    ("op_type", "names"),
+    [
+        ("MatMulIntegerToFloat", ["a", "B", "s", "scales"]),
+        ("MatMulIntegerToFloat", ["a", "B", "s", "one", "", "scales"]),
+        ("MatMulIntegerToFloat", ["a", "B", "s", "one", "", "", "scales"]),
+        ("DynamicQuantizeMatMul", ["a", "B", "scales"]),
+    ],
+)
+def test_scales_that_do_not_fit_the_columns_of_their_weights_are_refused(
+    op_type, names, tmp_path, refusal
+):
+    """onnxruntime 1.32 reads past their end: found by fuzzing, a segmentation fault."""
+    fields = b"".join(field(1, name) for name in names)
+    multiply = field(1, fields + field(2, "y") + field(4, op_type) + field(7, "com.microsoft"))
+    one = field(5, tensor([], name="one"))
+
+    def with_weights(weights: list[int], scales: list[int]) -> bytes:
+        codes = tensor(weights, INT8, field(9, bytes(math.prod(weights))), name="B")
+        return model(multiply, field(5, codes), field(5, tensor(scales, name="scales")), one)
+
+    for scales in ([3], [1], [1, 3]):
+        accept(tmp_path, with_weights([4, 3], scales))
+    for weights, scales in (([4, 1], [3]), ([4, 3], [4]), ([4, 3], [0]), ([4], [4])):
+        assert "one value or one a column" in refusal(with_weights(weights, scales))
+    computed = model(multiply, field(5, tensor([3], name="scales")), one)  # who knows its columns
+    assert f"{op_type} has weights 'B' []" in refusal(computed, allow_foreign=True)
 
 
 def test_a_file_without_a_graph_is_no_model(refusal):

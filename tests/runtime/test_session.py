@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+from pico_edge.config import GPTConfig
 from pico_edge.errors import ArtefactError, PicoEdgeError, UsageError
 from pico_edge.runtime import session as session_module
+from pico_edge.runtime.installed import install_advice, onnxruntime_distributions
+from pico_edge.runtime.portable import PortableCache
 from pico_edge.runtime.session import (
     Session,
     choose_provider,
-    install_advice,
-    onnxruntime_distributions,
 )
 
 DATA = Path(__file__).parents[1] / "data"
@@ -324,3 +325,16 @@ def test_two_distributions_of_onnxruntime_are_named_with_the_cure(tmp_path, monk
     advice = install_advice("cuda")
     assert "onnxruntime and onnxruntime-gpu are installed over each other" in advice
     assert advice.endswith("then pip install onnxruntime-gpu")
+
+
+def test_a_portable_graph_that_breaks_its_promise_is_refused_not_misread():
+    config = GPTConfig(block_size=8, vocab_size=272, n_layer=1, n_head=2, n_embd=16)
+    present = np.zeros((1, 2, 3, 8), np.float32)
+    for logits, key in (
+        (np.zeros(272, np.float32), present),
+        (np.zeros((1, 3, 272), np.float32), present[:, :, :2]),
+    ):
+        answer = [logits, key, present]
+        cache = PortableCache(lambda inputs, a=answer: a, config, 1, 8, np.dtype(np.float32))
+        with pytest.raises(ArtefactError, match="export it again"):
+            cache.prefill([[1, 2, 3]])
