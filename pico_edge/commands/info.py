@@ -82,7 +82,8 @@ def table(found: dict[str, Any]) -> str:
 def _pairs(values: object) -> str:
     if not isinstance(values, dict):
         return str(values)
-    return ", ".join(f"{name} {value}" for name, value in values.items())
+    shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in values.items()}
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
 def _sizes(sizes: dict[str, int], *names: str) -> str:
