@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import statistics
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter as clock
@@ -74,6 +75,8 @@ ORT_ERRORS = (
     _Errors.NotImplemented,
     _Errors.RuntimeException,
 )
+# With bound memory it raises RuntimeError, whatever is wrong, or cannot decode its own message.
+RUN_ERRORS = (*ORT_ERRORS, RuntimeError, UnicodeDecodeError)
 
 
 class Session:
@@ -124,6 +127,8 @@ class Session:
         self._fixed_threads = most
         # DirectML's GroupQueryAttention takes the past for empty when S > 1: wrong text, no error.
         self.appends = self.provider != "directml"
+        # DirectML's sessions do not take calls from several threads at once.
+        self.one_at_a_time = threading.Lock() if self.provider == "directml" else None
         self.cache_dtype = self._dtype(artefact.past_names(1)[0])
         self.logits_dtype = self._dtype(artefact.LOGITS)
         self.pace: Pace | None = None
@@ -386,13 +391,29 @@ class Cache:
         """Run, and where the number of threads may change, say how long it took."""
         pace = self._pace
         if pace is None:
-            self._ort.run_with_iobinding(binding)
+            self._call(binding)
             return
         started = clock()
-        self._ort.run_with_iobinding(binding)
+        self._call(binding)
         pace.record(clock() - started, self._threads)
         if pace.threads != self._threads:
             self._change_threads(pace.threads)
+
+    def _call(self, binding: Any) -> None:
+        """Raises PicoEdgeError when onnxruntime fails."""
+        lock = self.session.one_at_a_time
+        try:
+            if lock is None:
+                self._ort.run_with_iobinding(binding)
+            else:
+                with lock:
+                    self._ort.run_with_iobinding(binding)
+        except RUN_ERRORS as error:
+            reason = str(error).splitlines()[0]
+            raise PicoEdgeError(
+                f"{self.session.path}: onnxruntime {ort.__version__} failed on "
+                f"{self.session.provider}: {reason}: check the file with pico-edge verify"
+            ) from error
 
     def _change_threads(self, threads: int) -> None:
         """Go on with another session of the same weights: the logits stay the same, to the bit."""
@@ -503,7 +524,7 @@ class Cache:
         _bind_inputs(binding, inputs)
         output = ort.OrtValue.ortvalue_from_numpy(logits)
         binding.bind_ortvalue_output(artefact.LOGITS, output)
-        self._ort.run_with_iobinding(binding)
+        self._call(binding)
         if self.session.device != "cpu":
             binding.synchronize_outputs()
 

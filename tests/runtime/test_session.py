@@ -1,9 +1,12 @@
 """Every way through the cache gives the logits of one call; nothing moves to another provider."""
 
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from numpy.testing import assert_allclose
 
@@ -338,3 +341,50 @@ def test_a_portable_graph_that_breaks_its_promise_is_refused_not_misread():
         cache = PortableCache(lambda inputs, a=answer: a, config, 1, 8, np.dtype(np.float32))
         with pytest.raises(ArtefactError, match="export it again"):
             cache.prefill([[1, 2, 3]])
+
+
+def test_what_fails_while_it_runs_is_one_error_that_names_the_file(tmp_path):
+    """A scale too few for the int8 cache, which onnxruntime notices at the first call."""
+    broken = onnx.load(DATA / "tiny.onnx")
+    (scales,) = [t for t in broken.graph.initializer if t.name == "cache.0.key.scales"]
+    shorter = onnx.numpy_helper.to_array(scales)[:-1]
+    scales.CopyFrom(onnx.numpy_helper.from_array(shorter, scales.name))
+    onnx.save(broken, tmp_path / "broken.onnx")
+    cache = Session(tmp_path / "broken.onnx", threads=1).new_cache()
+    with pytest.raises(
+        PicoEdgeError, match=r"broken\.onnx: onnxruntime .* failed on cpu"
+    ) as caught:
+        cache.prefill([[1, 2, 3]])
+    assert str(caught.value).endswith("pico-edge verify")
+
+
+class Turns:
+    """A lock that counts who is inside, and how often somebody was."""
+
+    def __init__(self):
+        self.lock, self.inside, self.most, self.taken = threading.Lock(), 0, 0, 0
+
+    def __enter__(self):
+        self.lock.acquire()
+        self.inside += 1
+        self.most, self.taken = max(self.most, self.inside), self.taken + 1
+
+    def __exit__(self, *exception):
+        self.inside -= 1
+        self.lock.release()
+
+
+def test_calls_of_several_threads_come_one_at_a_time_where_the_provider_wants_it():
+    session = Session(DATA / "tiny.onnx", threads=1)
+    assert session.one_at_a_time is None  # the CPU does not mind
+    session.one_at_a_time = turns = Turns()
+
+    def work(seed):
+        cache = session.new_cache()
+        cache.prefill([[seed]])
+        for token in range(20):
+            cache.decode([token])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert (turns.taken, turns.most) == (4 * 21, 1)
