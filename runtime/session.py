@@ -9,6 +9,7 @@ Try: `Session("model.onnx").new_cache().prefill([[72, 105]])` -> logits (1, V) o
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import os
 import statistics
@@ -43,14 +44,22 @@ ORT_PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "directml": "DmlExecutionProvider",
+    "webgpu": "WebGpuExecutionProvider",
 }
-ORT_DEVICES = {"cpu": "cpu", "cuda": "cuda", "directml": "dml"}
+ORT_DEVICES = {"cpu": "cpu", "cuda": "cuda", "directml": "dml", "webgpu": "webgpu"}
 # The distribution of onnxruntime that brings a provider. All install the same files: one at a time.
 DISTRIBUTIONS = {
     "cpu": "onnxruntime",
     "cuda": "onnxruntime-gpu",
     "directml": "onnxruntime-directml",
 }
+# The provider webgpu is a plugin beside onnxruntime, of any distribution.
+WEBGPU_PLUGIN = "onnxruntime-ep-webgpu"
+NO_WEBGPU_ADAPTER = (
+    "provider webgpu finds no GPU: install its driver (on Linux also the Vulkan loader, "
+    "libvulkan1), or run with --provider cpu"
+)
+WEBGPU_EXPORT = f"pico-edge export ckpt.pt --target {artefact.WEBGPU_TARGETS[0]}"
 DTYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -80,10 +89,11 @@ ORT_ERRORS = (
 class Session:
     """The weights of one file, loaded once; serves any number of caches, one call at a time each.
 
-    provider: "cpu", "cuda", "directml", or "auto": PICO_EDGE_PROVIDER if that is set, else the one
-    the file is made for, else cpu. threads: a number, or "auto": PICO_EDGE_THREADS if that is set,
-    else chosen from the physical cores that this process may use, and again while it runs, see
-    Pace. allow_foreign: load a file that is not of pico-edge; it has no config, hence no cache.
+    provider: "cpu", "cuda", "directml", "webgpu" (experimental), or "auto": PICO_EDGE_PROVIDER if
+    that is set, else the one the file is made for, else cpu. threads: a number, or "auto":
+    PICO_EDGE_THREADS if that is set, else chosen from the physical cores that this process may use,
+    and again while it runs, see Pace. allow_foreign: load a file that is not of pico-edge; it has
+    no config, hence no cache.
     Raises ArtefactError for a file that is refused, UsageError for an argument, PicoEdgeError when
     the provider cannot run it. Nothing moves to another provider without a word: what runs is in
     `provider`, and a choice of "auto" that is not the file's own is in `notices`.
@@ -106,9 +116,17 @@ class Session:
         self.sampling: dict[str, Any] = self.metadata.get(artefact.SAMPLING_KEY, {})
         self._config = model_file.config
         wanted = os.environ.get(PROVIDER_ENV) or "auto" if provider == "auto" else provider
+        if wanted == "webgpu":
+            add_webgpu()
         self.provider, self.notices = choose_provider(
             wanted, self.export.get("target"), ort.get_available_providers(), file=self.path.name
         )
+        if self.provider == "webgpu" and self.export.get("cache") == "int8":
+            # Its kernel takes one, and fails when it runs.
+            raise PicoEdgeError(
+                f"{self.path.name} has an int8 cache, which webgpu cannot run: "
+                f"{WEBGPU_EXPORT} --quantize, or run it without --provider"
+            )
         self.device = ORT_DEVICES[self.provider]
         started = clock()
         self.ort = _load(self.path, self.provider, most)
@@ -233,8 +251,10 @@ class Cache:
         self.capacity = capacity
         self.lengths = [0] * batch
         self._vocab_size = config.vocab_size
+        # Memory of WebGPU has no addresses, so that a row cannot be bound as a cache of its own.
+        self._binds_rows = batch == 1 or session.provider != "webgpu"
         self._history: list[list[int]] | None = None  # what append replays where it cannot append
-        if not session.appends:
+        if not (session.appends and self._binds_rows):
             self._history = [[] for _ in range(batch)]
         self._past_names = artefact.past_names(config.n_layer)
         self._present_names = artefact.present_names(config.n_layer)
@@ -295,7 +315,7 @@ class Cache:
         if past + n > self.capacity:
             raise ValueError(f"{past} + {n} tokens: the cache holds {self.capacity}")
         wanted = list(range(n)) if all_logits else [n - 1]
-        if self._history is not None and past and n > 1:
+        if self._history is not None and ((past and n > 1) or not self._binds_rows):
             return self._replay(row, ids, wanted)
         chunk = self._checked([ids])
         logits: FloatArray = np.empty((len(wanted), self._vocab_size), self.session.logits_dtype)
@@ -562,9 +582,10 @@ def choose_provider(
 ) -> tuple[str, list[str]]:
     """The provider that runs a file, and notices for the user; a pure function.
 
-    wanted: "auto", "cpu", "cuda" or "directml". target: what the file was exported for. available:
-    onnxruntime's names. cpu runs the files of every target. Raises UsageError for an unknown name,
-    ArtefactError for an unknown target, PicoEdgeError, with the cure, when `wanted` cannot run it.
+    wanted: "auto", or one of ORT_PROVIDERS; auto never chooses webgpu. target: what the file was
+    exported for. available: onnxruntime's names. cpu runs the files of every target. Raises
+    UsageError for an unknown name, ArtefactError for an unknown target, PicoEdgeError, with the
+    cure, when `wanted` cannot run it.
     Example: ("auto", "cuda", ["CPUExecutionProvider"]) -> "cpu" and one notice.
     """
     if wanted != "auto" and wanted not in ORT_PROVIDERS:
@@ -585,18 +606,47 @@ def choose_provider(
         ]
     problems = []
     if wanted not in here:
+        advice = f"pip install {WEBGPU_PLUGIN}" if wanted == "webgpu" else install_advice(wanted)
         problems.append(
             f"provider {wanted} is not in this onnxruntime {ort.__version__}, which has "
-            f"{', '.join(here)}: {install_advice(wanted)}"
+            f"{', '.join(here)}: {advice}"
         )
-    if wanted not in ("cpu", made_for):
+    targets = artefact.WEBGPU_TARGETS if wanted == "webgpu" else (wanted,)
+    if wanted != "cpu" and target not in targets:
         problems.append(
             f"{file} is made for {target}, which {wanted} cannot run: "
-            f"pico-edge export ckpt.pt --target {wanted}, or run it without --provider"
+            f"pico-edge export ckpt.pt --target {targets[0]}, or run it without --provider"
         )
     if problems:
         raise PicoEdgeError("; ".join(problems))
+    if wanted == "webgpu":
+        return wanted, ["provider webgpu is experimental"]
     return wanted, []
+
+
+def add_webgpu() -> None:
+    """Make the plugin's provider one of onnxruntime's; nothing where it is not installed.
+
+    Raises PicoEdgeError when it does not load, or finds no device.
+    """
+    name = ORT_PROVIDERS["webgpu"]
+    if name in ort.get_available_providers():  # registered twice and released once, it crashes
+        return
+    try:
+        plugin = importlib.import_module(WEBGPU_PLUGIN.replace("-", "_"))
+    except ImportError:
+        return  # choose_provider says so
+    try:
+        ort.register_execution_provider_library(name, plugin.get_library_path())
+    except ORT_ERRORS as error:
+        reason = str(error).splitlines()[0]
+        raise PicoEdgeError(
+            f"provider webgpu does not load: {reason}: "
+            f"pip install --upgrade onnxruntime {WEBGPU_PLUGIN}"
+        ) from error
+    if name not in ort.get_available_providers():
+        ort.unregister_execution_provider_library(name)
+        raise PicoEdgeError(NO_WEBGPU_ADAPTER)
 
 
 def install_advice(provider: str) -> str:
@@ -637,18 +687,28 @@ def _load(path: Path, provider: str, threads: int) -> Any:
     # Where a CPU has AVX2 but no VNNI, u8 x s8 products saturate at 16 bits (logits off by 0.4 on
     # a trained model); with this they are those of VNNI, to the bit. It changes nothing elsewhere.
     options.add_session_config_entry("session.x64quantprecision", "1")
-    if provider == "cuda":
-        # An operator without a CUDA kernel would silently run on the CPU, with copies at each step.
+    if provider in ("cuda", "webgpu"):
+        # An operator without a kernel there would silently run on the CPU, with copies each step.
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     if provider == "directml":
         options.enable_mem_pattern = False
     name = ORT_PROVIDERS[provider]
+    providers: list[str] | None = [name]
+    if provider == "webgpu":
+        devices = [device for device in ort.get_ep_devices() if device.ep_name == name]
+        # Without the option, the reshape of out_index, an int64, is left to the CPU.
+        options.add_provider_for_devices(devices[:1], {"enableInt64": "1"})
+        providers = None
     try:
         session = ort.InferenceSession(
-            os.fspath(path), options, providers=[name], enable_fallback=0
+            os.fspath(path), options, providers=providers, enable_fallback=0
         )
     except ORT_ERRORS as error:
         reason = str(error).splitlines()[0]
+        if "Failed to get a WebGPU adapter" in reason:
+            raise PicoEdgeError(NO_WEBGPU_ADAPTER) from error
+        if provider == "webgpu":
+            reason += f": {WEBGPU_EXPORT}, or run it without --provider"
         if provider != "cpu":
             raise PicoEdgeError(f"{path}: provider {provider} cannot run it: {reason}") from error
         found = onnxruntime_distributions()
