@@ -137,6 +137,9 @@ class Session:
         self._fixed_threads = most
         # DirectML's GroupQueryAttention takes the past for empty when S > 1: wrong text, no error.
         self.appends = self.provider != "directml"
+        # Tokens of one call: from 32 on, WebGPU takes another kernel, which is wrong on SwiftShader
+        # (logits off by 0.4) and once was on NVIDIA (onnxruntime #28520).
+        self.most_tokens = 31 if self.provider == "webgpu" else None
         self.cache_dtype = self._dtype(artefact.past_names(1)[0])
         self.logits_dtype = self._dtype(artefact.LOGITS)
         self.pace: Pace | None = None
@@ -239,6 +242,9 @@ class Cache:
         config = session.config
         if batch < 1:
             raise UsageError(f"batch is {batch}: expected 1 or more")
+        if batch > 1 and session.provider == "webgpu":
+            # Its memory has no addresses, so that a row cannot be bound as a cache of its own.
+            raise UsageError(f"batch is {batch}: webgpu runs one text at a time: expected 1")
         if not 1 <= capacity <= config.block_size:
             raise UsageError(
                 f"capacity is {capacity}: expected 1 to block_size, {config.block_size} tokens"
@@ -251,10 +257,8 @@ class Cache:
         self.capacity = capacity
         self.lengths = [0] * batch
         self._vocab_size = config.vocab_size
-        # Memory of WebGPU has no addresses, so that a row cannot be bound as a cache of its own.
-        self._binds_rows = batch == 1 or session.provider != "webgpu"
         self._history: list[list[int]] | None = None  # what append replays where it cannot append
-        if not (session.appends and self._binds_rows):
+        if not session.appends:
             self._history = [[] for _ in range(batch)]
         self._past_names = artefact.past_names(config.n_layer)
         self._present_names = artefact.present_names(config.n_layer)
@@ -298,6 +302,8 @@ class Cache:
             raise ValueError(f"{len(rows)} rows: the cache has {self.batch}")
         if any(self.lengths):
             raise ValueError("prefill needs an empty cache: call reset first")
+        if self.session.most_tokens is not None:
+            return self.append(0, rows[0])
         logits = self._run_prompts(rows, [[len(row) - 1] for row in rows])
         self.lengths[:] = [len(row) for row in rows]
         if self._history is not None:
@@ -315,8 +321,14 @@ class Cache:
         if past + n > self.capacity:
             raise ValueError(f"{past} + {n} tokens: the cache holds {self.capacity}")
         wanted = list(range(n)) if all_logits else [n - 1]
-        if self._history is not None and ((past and n > 1) or not self._binds_rows):
+        if self._history is not None and past and n > 1:
             return self._replay(row, ids, wanted)
+        most = self.session.most_tokens
+        if most is not None and n > most:
+            self._checked([ids])
+            chunks = [ids[at : at + most] for at in range(0, n, most)]
+            parts = [self.append(row, chunk, all_logits=all_logits) for chunk in chunks]
+            return np.concatenate(parts) if all_logits else parts[-1]
         chunk = self._checked([ids])
         logits: FloatArray = np.empty((len(wanted), self._vocab_size), self.session.logits_dtype)
         self._run(
