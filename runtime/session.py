@@ -9,7 +9,6 @@ Try: `Session("model.onnx").new_cache().prefill([[72, 105]])` -> logits (1, V) o
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.metadata
 import os
 import statistics
@@ -55,10 +54,6 @@ DISTRIBUTIONS = {
 }
 # The provider webgpu is a plugin beside onnxruntime, of any distribution.
 WEBGPU_PLUGIN = "onnxruntime-ep-webgpu"
-NO_WEBGPU_ADAPTER = (
-    "provider webgpu finds no GPU: install its driver (on Linux also the Vulkan loader, "
-    "libvulkan1), or run with --provider cpu"
-)
 WEBGPU_EXPORT = f"pico-edge export ckpt.pt --target {artefact.WEBGPU_TARGETS[0]}"
 DTYPES = {
     "tensor(float)": np.float32,
@@ -117,7 +112,9 @@ class Session:
         self._config = model_file.config
         wanted = os.environ.get(PROVIDER_ENV) or "auto" if provider == "auto" else provider
         if wanted == "webgpu":
-            add_webgpu()
+            from pico_edge.runtime import webgpu
+
+            webgpu.register()
         self.provider, self.notices = choose_provider(
             wanted, self.export.get("target"), ort.get_available_providers(), file=self.path.name
         )
@@ -137,9 +134,6 @@ class Session:
         self._fixed_threads = most
         # DirectML's GroupQueryAttention takes the past for empty when S > 1: wrong text, no error.
         self.appends = self.provider != "directml"
-        # Tokens of one call: from 32 on, WebGPU takes another kernel, which is wrong on SwiftShader
-        # (logits off by 0.4) and once was on NVIDIA (onnxruntime #28520).
-        self.most_tokens = 31 if self.provider == "webgpu" else None
         self.cache_dtype = self._dtype(artefact.past_names(1)[0])
         self.logits_dtype = self._dtype(artefact.LOGITS)
         self.pace: Pace | None = None
@@ -224,6 +218,10 @@ class Session:
         if self.export.get("target") == artefact.PORTABLE:
             run = functools.partial(self.ort.run, None)
             return PortableCache(run, config, batch, capacity, self.cache_dtype)
+        if self.provider == "webgpu":
+            from pico_edge.runtime.webgpu import WebGPUCache
+
+            return WebGPUCache(self, batch, capacity)
         return Cache(self, batch, capacity)
 
 
@@ -242,9 +240,6 @@ class Cache:
         config = session.config
         if batch < 1:
             raise UsageError(f"batch is {batch}: expected 1 or more")
-        if batch > 1 and session.provider == "webgpu":
-            # Its memory has no addresses, so that a row cannot be bound as a cache of its own.
-            raise UsageError(f"batch is {batch}: webgpu runs one text at a time: expected 1")
         if not 1 <= capacity <= config.block_size:
             raise UsageError(
                 f"capacity is {capacity}: expected 1 to block_size, {config.block_size} tokens"
@@ -302,8 +297,6 @@ class Cache:
             raise ValueError(f"{len(rows)} rows: the cache has {self.batch}")
         if any(self.lengths):
             raise ValueError("prefill needs an empty cache: call reset first")
-        if self.session.most_tokens is not None:
-            return self.append(0, rows[0])
         logits = self._run_prompts(rows, [[len(row) - 1] for row in rows])
         self.lengths[:] = [len(row) for row in rows]
         if self._history is not None:
@@ -323,12 +316,6 @@ class Cache:
         wanted = list(range(n)) if all_logits else [n - 1]
         if self._history is not None and past and n > 1:
             return self._replay(row, ids, wanted)
-        most = self.session.most_tokens
-        if most is not None and n > most:
-            self._checked([ids])
-            chunks = [ids[at : at + most] for at in range(0, n, most)]
-            parts = [self.append(row, chunk, all_logits=all_logits) for chunk in chunks]
-            return np.concatenate(parts) if all_logits else parts[-1]
         chunk = self._checked([ids])
         logits: FloatArray = np.empty((len(wanted), self._vocab_size), self.session.logits_dtype)
         self._run(
@@ -636,31 +623,6 @@ def choose_provider(
     return wanted, []
 
 
-def add_webgpu() -> None:
-    """Make the plugin's provider one of onnxruntime's; nothing where it is not installed.
-
-    Raises PicoEdgeError when it does not load, or finds no device.
-    """
-    name = ORT_PROVIDERS["webgpu"]
-    if name in ort.get_available_providers():  # registered twice and released once, it crashes
-        return
-    try:
-        plugin = importlib.import_module(WEBGPU_PLUGIN.replace("-", "_"))
-    except ImportError:
-        return  # choose_provider says so
-    try:
-        ort.register_execution_provider_library(name, plugin.get_library_path())
-    except ORT_ERRORS as error:
-        reason = str(error).splitlines()[0]
-        raise PicoEdgeError(
-            f"provider webgpu does not load: {reason}: "
-            f"pip install --upgrade onnxruntime {WEBGPU_PLUGIN}"
-        ) from error
-    if name not in ort.get_available_providers():
-        ort.unregister_execution_provider_library(name)
-        raise PicoEdgeError(NO_WEBGPU_ADAPTER)
-
-
 def install_advice(provider: str) -> str:
     """The line that installs onnxruntime with a provider, minding what is installed already."""
     wanted = DISTRIBUTIONS[provider]
@@ -705,20 +667,17 @@ def _load(path: Path, provider: str, threads: int) -> Any:
     if provider == "directml":
         options.enable_mem_pattern = False
     name = ORT_PROVIDERS[provider]
-    providers: list[str] | None = [name]
-    if provider == "webgpu":
-        devices = [device for device in ort.get_ep_devices() if device.ep_name == name]
-        # Without the option, the reshape of out_index, an int64, is left to the CPU.
-        options.add_provider_for_devices(devices[:1], {"enableInt64": "1"})
-        providers = None
     try:
-        session = ort.InferenceSession(
-            os.fspath(path), options, providers=providers, enable_fallback=0
-        )
+        if provider == "webgpu":
+            from pico_edge.runtime import webgpu
+
+            session = webgpu.load(os.fspath(path), options)
+        else:
+            session = ort.InferenceSession(
+                os.fspath(path), options, providers=[name], enable_fallback=0
+            )
     except ORT_ERRORS as error:
         reason = str(error).splitlines()[0]
-        if "Failed to get a WebGPU adapter" in reason:
-            raise PicoEdgeError(NO_WEBGPU_ADAPTER) from error
         if provider == "webgpu":
             reason += f": {WEBGPU_EXPORT}, or run it without --provider"
         if provider != "cpu":
