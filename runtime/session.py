@@ -52,9 +52,6 @@ DISTRIBUTIONS = {
     "cuda": "onnxruntime-gpu",
     "directml": "onnxruntime-directml",
 }
-# The provider webgpu is a plugin beside onnxruntime, of any distribution.
-WEBGPU_PLUGIN = "onnxruntime-ep-webgpu"
-WEBGPU_EXPORT = f"pico-edge export ckpt.pt --target {artefact.WEBGPU_TARGETS[0]}"
 DTYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -64,6 +61,9 @@ DTYPES = {
 # Bytes of a file so small that fewer threads may be faster; it loads twice in 20 ms.
 TIMED_AT_LOAD = 4 << 20
 TIMED_STEPS = 16
+# The provider webgpu is a plugin beside onnxruntime, of any distribution; see runtime/webgpu.py.
+WEBGPU_PLUGIN = "onnxruntime-ep-webgpu"
+WEBGPU_EXPORT = f"pico-edge export ckpt.pt --target {artefact.WEBGPU_TARGETS[0]}"
 
 _Errors = ort.capi.onnxruntime_pybind11_state
 # onnxruntime's exceptions have no base class of their own.

@@ -35,8 +35,7 @@ NO_ADAPTER = (
 # From 32 tokens on it takes another kernel for attention, which is wrong on SwiftShader (logits off
 # by 0.4) and once was on NVIDIA (onnxruntime #28520).
 MOST_TOKENS = 31  # of one call
-# Reentrant, since a cache may be collected while its thread holds it.
-ONE_AT_A_TIME = threading.RLock()
+ONE_AT_A_TIME = threading.Lock()
 
 
 def register() -> None:
