@@ -114,16 +114,15 @@ class Session:
         if wanted == "webgpu":
             from pico_edge.runtime import webgpu
 
+            if self.export.get("cache") == "int8":  # the kernel takes one, and fails when it runs
+                raise PicoEdgeError(
+                    f"{self.path.name} has an int8 cache, which webgpu cannot run: "
+                    f"{WEBGPU_EXPORT} --quantize, or run it without --provider"
+                )
             webgpu.register()
         self.provider, self.notices = choose_provider(
             wanted, self.export.get("target"), ort.get_available_providers(), file=self.path.name
         )
-        if self.provider == "webgpu" and self.export.get("cache") == "int8":
-            # Its kernel takes one, and fails when it runs.
-            raise PicoEdgeError(
-                f"{self.path.name} has an int8 cache, which webgpu cannot run: "
-                f"{WEBGPU_EXPORT} --quantize, or run it without --provider"
-            )
         self.device = ORT_DEVICES[self.provider]
         started = clock()
         self.ort = _load(self.path, self.provider, most)
