@@ -64,6 +64,9 @@ TARGET_PROVIDERS = {
     "web": "cpu",
     "portable": "cpu",
 }
+# Whose files the experimental provider webgpu runs, if their cache is not int8. Those of `web` have
+# nodes without a kernel there where they are quantized; float16, as of `cuda`, could not be tried.
+WEBGPU_TARGETS = ("directml", "cpu")
 PORTABLE = "portable"
 
 INPUT_IDS = "input_ids"

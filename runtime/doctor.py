@@ -164,14 +164,21 @@ def _onnxruntime() -> tuple[dict[str, Any], Any]:
 
 
 def _providers(ort: Any) -> dict[str, dict[str, Any]]:
-    from pico_edge.runtime.session import ORT_PROVIDERS  # imports onnxruntime
+    from pico_edge.runtime import webgpu  # imports onnxruntime
+    from pico_edge.runtime.session import ORT_PROVIDERS
 
-    listed = ort.get_available_providers()
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, ort_name in ORT_PROVIDERS.items():
-        error = run_a_node(ort, ort_name) if ort_name in listed else None
-        runs = ort_name in listed and error is None
-        found[name] = {"listed": ort_name in listed, "runs": runs, "error": error}
+        error = None
+        if name == "webgpu":  # a plugin, listed once it is registered
+            try:
+                webgpu.register()
+            except PicoEdgeError as failure:
+                error = str(failure)
+        listed = ort_name in ort.get_available_providers()
+        if listed:
+            error = run_a_node(ort, ort_name)
+        found[name] = {"listed": listed, "runs": listed and error is None, "error": error}
     return found
 
 
@@ -182,6 +189,7 @@ def run_a_node(ort: Any, ort_name: str) -> str | None:
     """
     import numpy as np
 
+    from pico_edge.runtime import webgpu
     from pico_edge.runtime.session import ORT_ERRORS
 
     options = ort.SessionOptions()
@@ -190,13 +198,16 @@ def run_a_node(ort: Any, ort_name: str) -> str | None:
     if ort_name != "CPUExecutionProvider":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
-        session = ort.InferenceSession(
-            addition_model(), options, providers=[ort_name], enable_fallback=0
-        )
+        if ort_name == webgpu.NAME:
+            session = webgpu.load(addition_model(), options)
+        else:
+            session = ort.InferenceSession(
+                addition_model(), options, providers=[ort_name], enable_fallback=0
+            )
         if session.get_providers()[0] != ort_name:
             return f"it did not start, {session.get_providers()[0]} took its place"
         (total,) = session.run(None, {"a": np.array([2], np.float32)})
-    except ORT_ERRORS as error:
+    except (PicoEdgeError, *ORT_ERRORS) as error:
         return " ".join(str(error).split())
     return None if total.tolist() == [4.0] else f"2 + 2 gave {total.tolist()}"
 

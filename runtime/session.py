@@ -49,8 +49,9 @@ ORT_PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "directml": "DmlExecutionProvider",
+    "webgpu": "WebGpuExecutionProvider",
 }
-ORT_DEVICES = {"cpu": "cpu", "cuda": "cuda", "directml": "dml"}
+ORT_DEVICES = {"cpu": "cpu", "cuda": "cuda", "directml": "dml", "webgpu": "webgpu"}
 DTYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -60,6 +61,9 @@ DTYPES = {
 # Bytes of a file so small that fewer threads may be faster; it loads twice in 20 ms.
 TIMED_AT_LOAD = 4 << 20
 TIMED_STEPS = 16
+# The provider webgpu is a plugin beside onnxruntime, of any distribution; see runtime/webgpu.py.
+WEBGPU_PLUGIN = "onnxruntime-ep-webgpu"
+WEBGPU_EXPORT = f"pico-edge export ckpt.pt --target {artefact.WEBGPU_TARGETS[0]}"
 
 _Errors = ort.capi.onnxruntime_pybind11_state
 # onnxruntime's exceptions have no base class of their own.
@@ -82,10 +86,11 @@ RUN_ERRORS = (*ORT_ERRORS, RuntimeError, UnicodeDecodeError)
 class Session:
     """The weights of one file, loaded once; serves any number of caches, one call at a time each.
 
-    provider: "cpu", "cuda", "directml", or "auto": PICO_EDGE_PROVIDER if that is set, else the one
-    the file is made for, else cpu. threads: a number, or "auto": PICO_EDGE_THREADS if that is set,
-    else chosen from the physical cores that this process may use, and again while it runs, see
-    Pace. allow_foreign: load a file that is not of pico-edge; it has no config, hence no cache.
+    provider: "cpu", "cuda", "directml", "webgpu" (experimental), or "auto": PICO_EDGE_PROVIDER if
+    that is set, else the one the file is made for, else cpu. threads: a number, or "auto":
+    PICO_EDGE_THREADS if that is set, else chosen from the physical cores that this process may use,
+    and again while it runs, see Pace. allow_foreign: load a file that is not of pico-edge; it has
+    no config, hence no cache.
     Raises ArtefactError for a file that is refused, UsageError for an argument, PicoEdgeError when
     the provider cannot run it. Nothing moves to another provider without a word: what runs is in
     `provider`, and a choice of "auto" that is not the file's own is in `notices`.
@@ -108,6 +113,15 @@ class Session:
         self.sampling: dict[str, Any] = self.metadata.get(artefact.SAMPLING_KEY, {})
         self._config = model_file.config
         wanted = os.environ.get(PROVIDER_ENV) or "auto" if provider == "auto" else provider
+        if wanted == "webgpu":
+            from pico_edge.runtime import webgpu
+
+            if self.export.get("cache") == "int8":  # the kernel takes one, and fails when it runs
+                raise PicoEdgeError(
+                    f"{self.path.name} has an int8 cache, which webgpu cannot run: "
+                    f"{WEBGPU_EXPORT} --quantize, or run it without --provider"
+                )
+            webgpu.register()
         self.provider, self.notices = choose_provider(
             wanted, self.export.get("target"), ort.get_available_providers(), file=self.path.name
         )
@@ -213,6 +227,10 @@ class Session:
         if self.export.get("target") == artefact.PORTABLE:
             run = functools.partial(self.ort.run, None)
             return PortableCache(run, config, batch, capacity, self.cache_dtype)
+        if self.provider == "webgpu":
+            from pico_edge.runtime.webgpu import WebGPUCache
+
+            return WebGPUCache(self, batch, capacity)
         return Cache(self, batch, capacity)
 
 
@@ -588,9 +606,10 @@ def choose_provider(
 ) -> tuple[str, list[str]]:
     """The provider that runs a file, and notices for the user; a pure function.
 
-    wanted: "auto", "cpu", "cuda" or "directml". target: what the file was exported for. available:
-    onnxruntime's names. cpu runs the files of every target. Raises UsageError for an unknown name,
-    ArtefactError for an unknown target, PicoEdgeError, with the cure, when `wanted` cannot run it.
+    wanted: "auto", or one of ORT_PROVIDERS; auto never chooses webgpu. target: what the file was
+    exported for. available: onnxruntime's names. cpu runs the files of every target. Raises
+    UsageError for an unknown name, ArtefactError for an unknown target, PicoEdgeError, with the
+    cure, when `wanted` cannot run it.
     Example: ("auto", "cuda", ["CPUExecutionProvider"]) -> "cpu" and one notice.
     """
     if wanted != "auto" and wanted not in ORT_PROVIDERS:
@@ -611,17 +630,21 @@ def choose_provider(
         ]
     problems = []
     if wanted not in here:
+        advice = f"pip install {WEBGPU_PLUGIN}" if wanted == "webgpu" else install_advice(wanted)
         problems.append(
             f"provider {wanted} is not in this onnxruntime {ort.__version__}, which has "
-            f"{', '.join(here)}: {install_advice(wanted)}"
+            f"{', '.join(here)}: {advice}"
         )
-    if wanted not in ("cpu", made_for):
+    targets = artefact.WEBGPU_TARGETS if wanted == "webgpu" else (wanted,)
+    if wanted != "cpu" and target not in targets:
         problems.append(
             f"{file} is made for {target}, which {wanted} cannot run: "
-            f"pico-edge export ckpt.pt --target {wanted}, or run it without --provider"
+            f"pico-edge export ckpt.pt --target {targets[0]}, or run it without --provider"
         )
     if problems:
         raise PicoEdgeError("; ".join(problems))
+    if wanted == "webgpu":
+        return wanted, ["provider webgpu is experimental"]
     return wanted, []
 
 
@@ -636,18 +659,25 @@ def _load(path: Path, provider: str, threads: int) -> Any:
     # Where a CPU has AVX2 but no VNNI, u8 x s8 products saturate at 16 bits (logits off by 0.4 on
     # a trained model); with this they are those of VNNI, to the bit. It changes nothing elsewhere.
     options.add_session_config_entry("session.x64quantprecision", "1")
-    if provider == "cuda":
-        # An operator without a CUDA kernel would silently run on the CPU, with copies at each step.
+    if provider in ("cuda", "webgpu"):
+        # An operator without a kernel there would silently run on the CPU, with copies each step.
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     if provider == "directml":
         options.enable_mem_pattern = False
     name = ORT_PROVIDERS[provider]
     try:
-        session = ort.InferenceSession(
-            os.fspath(path), options, providers=[name], enable_fallback=0
-        )
+        if provider == "webgpu":
+            from pico_edge.runtime import webgpu
+
+            session = webgpu.load(os.fspath(path), options)
+        else:
+            session = ort.InferenceSession(
+                os.fspath(path), options, providers=[name], enable_fallback=0
+            )
     except ORT_ERRORS as error:
         reason = str(error).splitlines()[0]
+        if provider == "webgpu":
+            reason += f": {WEBGPU_EXPORT}, or run it without --provider"
         if provider != "cpu":
             raise PicoEdgeError(f"{path}: provider {provider} cannot run it: {reason}") from error
         found = onnxruntime_distributions()

@@ -110,7 +110,7 @@ def generate(
     ] = None,
     num_samples: Annotated[int, typer.Option(metavar="N", help="Texts to make, as a batch.")] = 1,
     provider: Annotated[
-        Literal["auto", "cpu", "cuda", "directml"], typer.Option(help="Where to run.")
+        Literal["auto", "cpu", "cuda", "directml", "webgpu"], typer.Option(help="Where to run.")
     ] = "auto",
     threads: Annotated[str, typer.Option(metavar="N|auto", help="CPU threads.")] = "auto",
     context_overflow: Annotated[

@@ -1,6 +1,8 @@
 """Every way through the cache gives the logits of one call; nothing moves to another provider."""
 
 import re
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -249,7 +251,9 @@ def test_a_file_for_a_target_of_the_future_is_refused(tmp_path):
         Session(path)
 
 
-CPU, CUDA, DML = (session_module.ORT_PROVIDERS[name] for name in ("cpu", "cuda", "directml"))
+CPU, CUDA, DML, WEBGPU = (
+    session_module.ORT_PROVIDERS[name] for name in ("cpu", "cuda", "directml", "webgpu")
+)
 
 
 @pytest.mark.parametrize(
@@ -270,12 +274,17 @@ CPU, CUDA, DML = (session_module.ORT_PROVIDERS[name] for name in ("cpu", "cuda",
         ("cpu", "cuda", [CUDA, CPU], "cpu", 0),
         ("cuda", "cuda", [CUDA, CPU], "cuda", 0),
         ("directml", "directml", [DML, CPU], "directml", 0),
+        ("auto", "cpu", [CPU, WEBGPU], "cpu", 0),
+        ("auto", "directml", [CPU, WEBGPU], "cpu", 1),
+        ("webgpu", "cpu", [CPU, WEBGPU], "webgpu", 1),
+        ("webgpu", "directml", [CPU, WEBGPU], "webgpu", 1),
     ],
 )
 def test_provider_choice(wanted, target, available, chosen, notices):
     provider, said = choose_provider(wanted, target, available)
     assert (provider, len(said)) == (chosen, notices)
-    assert all("running on cpu" in notice for notice in said)
+    expected = "experimental" if wanted == "webgpu" else "running on cpu"
+    assert all(expected in notice for notice in said)
 
 
 @pytest.mark.parametrize(
@@ -290,6 +299,10 @@ def test_provider_choice(wanted, target, available, chosen, notices):
         ("directml", "cuda", [DML, CPU], ["made for cuda", "export ckpt.pt --target directml"]),
         ("directml", "cpu", [DML, CPU], ["made for cpu", "export ckpt.pt --target directml"]),
         ("directml", "directml", [CPU], ["pip install onnxruntime-directml"]),
+        ("webgpu", "cpu", [CPU], ["not in this onnxruntime", "pip install onnxruntime-ep-webgpu"]),
+        ("webgpu", "cuda", [CPU, WEBGPU], ["made for cuda", "export ckpt.pt --target directml"]),
+        ("webgpu", "web", [CPU, WEBGPU], ["made for web", "export ckpt.pt --target directml"]),
+        ("webgpu", "portable", [CPU, WEBGPU], ["made for portable", "--target directml"]),
     ],
 )
 def test_a_named_provider_that_cannot_run_is_an_error_with_its_cure(
@@ -316,6 +329,20 @@ def test_a_session_never_moves_to_another_provider(monkeypatch):
     with pytest.raises(PicoEdgeError, match="provider cuda is not in this onnxruntime"):
         Session(DATA / "tiny.onnx")
     assert Session(DATA / "tiny.onnx", provider="cpu", threads=1).provider == "cpu"
+
+
+def test_a_plugin_that_is_not_installed_is_named_with_the_cure():
+    code = (
+        "import sys; sys.modules['onnxruntime_ep_webgpu'] = None\n"
+        "from pico_edge.cli import main; main(sys.argv[1:])"
+    )
+    command = ["generate", DATA / "tiny_fp32.onnx", "x", "--provider", "webgpu"]
+    ran = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert re.fullmatch(
+        "error: provider webgpu is not in this onnxruntime .*: pip install onnxruntime-ep-webgpu\n",
+        ran.stderr,
+    )
 
 
 def test_two_distributions_of_onnxruntime_are_named_with_the_cure(tmp_path, monkeypatch):
