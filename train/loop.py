@@ -350,10 +350,10 @@ class _Loop:
         elif recipe.patience and progress.evaluations_since_best >= recipe.patience:
             progress.finished = "patience"
         else:
-            if progress.iter - self.marks[0][0] >= recipe.eval_interval:
-                self._lay_anew()
-            else:  # resumed between two evaluations: one on few steps would weigh too much
-                self.marks.clear()
+            # Resumed between two evaluations, one on few steps would weigh too much.
+            resumed = progress.iter - self.marks[0][0] < recipe.eval_interval
+            if resumed or self._lay_anew() is not recipe:
+                self.marks.clear()  # what was before says little of the pace from now on
             self.marks.append((progress.iter, time.perf_counter()))
         self._save_last(train_loss, val_loss, val_bpb, final=progress.finished is not None)
         if self.board is not None:

@@ -363,6 +363,45 @@ def test_the_time_is_measured_by_all_and_decided_by_the_first(folder):
     assert err.count("schedule: ") == 1
 
 
+# A clock in the place of rank 0's: a second a step, then 1.5, in the end 100.
+SLOWER = """
+import os, time
+from pico_edge.cli import main
+from pico_edge.train import budget, loop, setup
+from pico_edge.train.step import train_step
+
+class Clock:
+    now = time.perf_counter()
+    def perf_counter(self):
+        return self.now
+    monotonic = perf_counter
+    def step(self, trainer, step, rate):
+        self.now += 1.0 if step < 20 else 1.5 if step < 100 else 100.0
+        return train_step(trainer, step, rate)
+    def measuring_step(self, trainer, step, rate):
+        self.now += 1.0
+        return train_step(trainer, step, rate)
+
+if __name__ == "__main__":
+    if os.environ["RANK"] == "0":
+        clock = budget.time = loop.time = setup.time = Clock()
+        loop.train_step, budget.train_step = clock.step, clock.measuring_step
+    main()
+"""
+
+
+def test_all_follow_the_first_where_the_schedule_changes(folder):
+    """At an evaluation, and between two when the time is over."""
+    (folder / "slower.py").write_text(SLOWER)
+    run = flags(eval_interval=40)
+    code, out, err = end(start("--minutes=5", "--json", *run, program=("slower.py",)))
+    assert code == 0, err
+    said = re.findall(r"schedule: (\d+) -> (\d+) iterations, slower than planned", err)
+    assert len(said) >= 2, err
+    result = json.loads(out)
+    assert result["iter"] == result["max_iters"] == int(said[-1][1]) < 110
+
+
 # One process
 
 
