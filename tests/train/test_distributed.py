@@ -363,29 +363,34 @@ def test_the_time_is_measured_by_all_and_decided_by_the_first(folder):
     assert err.count("schedule: ") == 1
 
 
-# A clock in the place of rank 0's: a second a step, then 1.5, in the end 100.
+# Each rank writes its rates down; a clock in the place of rank 0's says that a step takes a second,
+# then 1.5, in the end 100.
 SLOWER = """
 import os, time
 from pico_edge.cli import main
 from pico_edge.train import budget, loop, setup
 from pico_edge.train.step import train_step
 
+RANK = os.environ["RANK"]
+
 class Clock:
     now = time.perf_counter()
     def perf_counter(self):
         return self.now
     monotonic = perf_counter
-    def step(self, trainer, step, rate):
-        self.now += 1.0 if step < 20 else 1.5 if step < 100 else 100.0
-        return train_step(trainer, step, rate)
-    def measuring_step(self, trainer, step, rate):
-        self.now += 1.0
-        return train_step(trainer, step, rate)
+
+clock = Clock()
+
+def step(trainer, step, rate):
+    with open("rates." + RANK, "a") as file:
+        file.write(f"{step} {rate}\\n")
+    clock.now += 1.0 if step < 20 else 1.5 if step < 100 else 100.0
+    return train_step(trainer, step, rate)
 
 if __name__ == "__main__":
-    if os.environ["RANK"] == "0":
-        clock = budget.time = loop.time = setup.time = Clock()
-        loop.train_step, budget.train_step = clock.step, clock.measuring_step
+    if RANK == "0":
+        budget.time = loop.time = setup.time = clock
+    loop.train_step = budget.train_step = step
     main()
 """
 
@@ -400,6 +405,8 @@ def test_all_follow_the_first_where_the_schedule_changes(folder):
     assert len(said) >= 2, err
     result = json.loads(out)
     assert result["iter"] == result["max_iters"] == int(said[-1][1]) < 110
+    rates = [(folder / f"rates.{rank}").read_text() for rank in range(2)]
+    assert rates[0] == rates[1]
 
 
 # One process
