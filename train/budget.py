@@ -87,10 +87,11 @@ def fit_schedule(recipe: Recipe, *, step: int, elapsed_s: float, per_iter_s: flo
     max_iters = max(MIN_ITERS, step + n)
     if (max_iters - recipe.max_iters) * late_s >= 0.0:
         return recipe
-    # A warm-up goes on where it leaves time to fall.
-    begin = recipe.decay_iter if step < recipe.decay_iter <= step + n // 2 else step
-    rate = rate_at(recipe, begin)
-    return dataclasses.replace(recipe, max_iters=max_iters, decay_iter=begin, decay_rate=rate)
+    rate = rate_at(recipe, step)
+    recipe = dataclasses.replace(recipe, max_iters=max_iters)
+    if step < recipe.decay_iter <= step + n // 2:
+        return recipe  # still warming up, with time left to fall
+    return dataclasses.replace(recipe, decay_iter=step, decay_rate=rate)
 
 
 def measure(trainer: Trainer, data: TokenData, sample: Callable[[], object]) -> Speed:
