@@ -1,7 +1,7 @@
 """How many iterations fit into the user's minutes, measured on this machine before the first one.
 
-The number is then fixed and stored with the run, so that a resume follows the same schedule. Knows
-nothing of flags or files.
+The machine may get slower or faster later: then the rest is laid anew. The schedule in force is
+stored with the run, so that a resume follows the same one. Knows nothing of flags or files.
 
 Try: `lay_schedule(trainer, data, recipe_for, sample=..., left_s=lambda: 60.0).max_iters`.
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from pico_edge.train.evaluate import count_eval_batches, evaluate
-from pico_edge.train.optim import make_optimizers
+from pico_edge.train.optim import make_optimizers, rate_at
 from pico_edge.train.settings import Recipe
 from pico_edge.train.step import Trainer, memory_errors, train_step
 from pico_edge.train.tokens import TokenData
@@ -26,6 +26,12 @@ MIN_ITERS = 20  # laid over any time, however short
 # An evaluation saves weights and two moments, and the weights once more for the best model.
 SAVED_BYTES_PER_PARAMETER = 16
 SAVED_BYTES_PER_S = 150e6  # written, hashed and flushed; a laptop's disk, not its best
+
+# A schedule stays as it is while its end is off by less than the larger of these: a share of the
+# time, which the speed of a busy desktop wanders by, and what nobody minds to wait.
+OFF_BY, OFF_BY_S = 0.05, 15.0
+NEAR_END = 0.1  # of the time: too little to win by more iterations at a rate so low
+LAST_STRETCH = 0.02  # of the time, where it is over: in which the rate still falls to its end
 
 
 class Speed(NamedTuple):
@@ -62,6 +68,30 @@ def lay_schedule(
         per_iter_s = speed.step_s + evaluation_s / recipe.eval_interval
         max_iters = max(MIN_ITERS, int(left / per_iter_s))
     return recipe_for(max_iters)
+
+
+def fit_schedule(recipe: Recipe, *, step: int, elapsed_s: float, per_iter_s: float) -> Recipe:
+    """The recipe with what is left of it laid over the time left, or itself where it ends in time.
+
+    step: updates made. per_iter_s: of late, evaluations included. The rate falls on from where it
+    is. eval_interval stays: an evaluation gets slower and faster as the steps do, so its share is
+    the same, and `patience` goes on counting equal stretches.
+    """
+    left_s = recipe.budget_s - elapsed_s
+    late_s = per_iter_s * (recipe.max_iters - step) - left_s
+    if recipe.budget_s == 0.0 or abs(late_s) <= max(OFF_BY * recipe.budget_s, OFF_BY_S):
+        return recipe
+    if late_s < 0.0 and left_s < NEAR_END * recipe.budget_s:
+        return recipe
+    n = max(1, int(max(left_s, LAST_STRETCH * recipe.budget_s) / per_iter_s))
+    max_iters = max(MIN_ITERS, step + n)
+    if (max_iters - recipe.max_iters) * late_s >= 0.0:
+        return recipe
+    rate = rate_at(recipe, step)
+    recipe = dataclasses.replace(recipe, max_iters=max_iters)
+    if step < recipe.decay_iter <= step + n // 2:
+        return recipe  # still warming up, with time left to fall
+    return dataclasses.replace(recipe, decay_iter=step, decay_rate=rate)
 
 
 def measure(trainer: Trainer, data: TokenData, sample: Callable[[], object]) -> Speed:

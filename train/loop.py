@@ -8,6 +8,7 @@ Try: `train(["data.txt"], TrainSettings(max_iters=100, preset="nano"))`.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from pico_edge.errors import PicoEdgeError
 from pico_edge.train.board import open_board, require_tensorboard
+from pico_edge.train.budget import fit_schedule
 from pico_edge.train.checkpoint import (
     Checkpoint,
     library_versions,
@@ -36,7 +38,7 @@ from pico_edge.train.folder import (
 )
 from pico_edge.train.lock import run_lock
 from pico_edge.train.mfu import Meter, peak_memory_bytes
-from pico_edge.train.optim import learning_rate
+from pico_edge.train.optim import rate_at
 from pico_edge.train.plot import LossPlot, draw_losses
 from pico_edge.train.progress import cut, evaluation_line, progress_line
 from pico_edge.train.report import (
@@ -52,7 +54,7 @@ from pico_edge.train.report import (
     read_metrics,
 )
 from pico_edge.train.resume import Progress, resume_values
-from pico_edge.train.settings import DEFAULT_MINUTES, TrainSettings, nearest_preset
+from pico_edge.train.settings import DEFAULT_MINUTES, Recipe, TrainSettings, nearest_preset
 from pico_edge.train.setup import Run, StrPath, set_up
 from pico_edge.train.signals import StopRequest, stop_requests
 from pico_edge.train.step import StepResult, divergence, memory_errors, train_step
@@ -62,6 +64,8 @@ from pico_edge.train.verdict import Facts, Verdict, baseline, closing_lines, jud
 # Besides every evaluation: what a power cut may cost at most, in a run whose evaluations are far
 # apart.
 SAVE_EVERY_S = 300.0
+# The pace is that over so many evaluations: what passes by in less moves no schedule far.
+PACE_EVALUATIONS = 3
 # From the start of either part: enough to know how often each token occurs.
 BASELINE_TOKENS = 1_000_000
 
@@ -169,6 +173,10 @@ class _Loop:
         self.steps = 0  # the same
         self.val: tuple[float, float] | None = None  # last held-out loss, bits per byte
         self.tokens_per_second = 0.0  # at the last evaluation
+        # (iteration, clock) at the start and at the last evaluations, kept by rank 0
+        self.marks: collections.deque[tuple[int, float]] = collections.deque(
+            maxlen=PACE_EVALUATIONS
+        )
         self.meter = Meter(run.trainer)
         self.plot = LossPlot(run.paths.metrics, run.paths.image)
         self.board = (
@@ -181,9 +189,10 @@ class _Loop:
 
     def run_until_done(self, stop: StopRequest) -> None:
         """Step, evaluate and save until the run is finished or a stop is requested."""
-        trainer, progress, recipe = self.run.trainer, self.run.progress, self.run.trainer.recipe
-        first, begin = progress.iter, time.perf_counter()
+        trainer, progress = self.run.trainer, self.run.progress
+        self.marks.append((progress.iter, time.perf_counter()))
         while progress.finished is None:
+            recipe = trainer.recipe
             # Asked for once per step, so that all ranks leave at the same one.
             signum = trainer.workers.agreed(stop.signum)
             if signum is not None:
@@ -192,27 +201,57 @@ class _Loop:
                     self._save_last(final=True)
                 return
             step_begin = time.perf_counter()
-            self.rate = learning_rate(
-                progress.iter,
-                peak=recipe.learning_rate,
-                min_lr=recipe.min_lr,
-                warmup_iters=recipe.warmup_iters,
-                max_iters=recipe.max_iters,
-            )
+            self.rate = rate_at(recipe, progress.iter)
             self.last_step = train_step(trainer, progress.iter, self.rate)
             self.stepping_s += time.perf_counter() - step_begin
             self.steps += 1
             progress.iter += 1
             progress.train_loss_sum += self.last_step.loss
             progress.train_loss_count += 1
+            per_iter_s = self._per_iter_s()
             ends = progress.iter == recipe.max_iters
             if ends or progress.iter % recipe.eval_interval == 0:
                 self._evaluate(final=ends)
+            elif recipe.budget_s and trainer.workers.first_says(self._is_overdue()):
+                # Evaluations may be far apart on a machine that has become slow.
+                trainer.recipe = trainer.workers.share(
+                    self._lay_anew, to_plain=Recipe.to_dict, from_plain=Recipe.from_dict
+                )
+                self._save_last(final=False)
             elif time.monotonic() - self.saved_at > SAVE_EVERY_S:
                 self._save_last(final=False)
-            done = progress.iter - first
-            left_s = (time.perf_counter() - begin) / done * (recipe.max_iters - progress.iter)
+            left_s = per_iter_s * (trainer.recipe.max_iters - progress.iter)
             self.reporter.progress(functools.partial(self._progress_line, left_s))
+
+    def _per_iter_s(self) -> float:
+        """Seconds per iteration since the oldest mark, evaluations and saves included."""
+        first, begin = self.marks[0]
+        return (time.perf_counter() - begin) / (self.run.progress.iter - first)
+
+    def _fitted(self) -> Recipe:
+        """The recipe as the time left asks for, by the clock of this rank."""
+        return fit_schedule(
+            self.run.trainer.recipe,
+            step=self.run.progress.iter,
+            elapsed_s=time.perf_counter() - self.epoch,
+            per_iter_s=self._per_iter_s(),
+        )
+
+    def _is_overdue(self) -> bool:
+        """Whether the time is over and too much is left to do."""
+        recipe = self.run.trainer.recipe
+        over = time.perf_counter() - self.epoch > recipe.budget_s
+        return over and self._fitted().max_iters < recipe.max_iters
+
+    def _lay_anew(self) -> Recipe:
+        """Fit the schedule to the time left, on rank 0; to be saved before the next step."""
+        trainer = self.run.trainer
+        before, trainer.recipe = trainer.recipe.max_iters, self._fitted()
+        now = trainer.recipe.max_iters
+        if now != before:
+            pace = "slower" if now < before else "faster"
+            self.reporter.say(f"schedule: {before} -> {now} iterations, {pace} than planned")
+        return trainer.recipe
 
     def _progress_line(self, left_s: float, columns: int | None) -> str:
         progress, trainer = self.run.progress, self.run.trainer
@@ -245,10 +284,10 @@ class _Loop:
         if not math.isfinite(val_loss):
             found = f"held-out loss {val_loss}"
             raise divergence(run.trainer, progress.iter - 1, self.rate, found)
-        known = run.trainer.workers.share(
-            lambda: self._record(val_loss, final=final),
-            to_plain=dataclasses.asdict,
-            from_plain=lambda values: Progress(**values),
+        known, run.trainer.recipe = run.trainer.workers.share(
+            lambda: (self._record(val_loss, final=final), run.trainer.recipe),
+            to_plain=lambda known: [dataclasses.asdict(known[0]), known[1].to_dict()],
+            from_plain=lambda values: (Progress(**values[0]), Recipe.from_dict(values[1])),
         )
         vars(progress).update(vars(known))
 
@@ -310,6 +349,12 @@ class _Loop:
             progress.finished = "max_iters"
         elif recipe.patience and progress.evaluations_since_best >= recipe.patience:
             progress.finished = "patience"
+        else:
+            # Resumed between two evaluations, one on few steps would weigh too much.
+            resumed = progress.iter - self.marks[0][0] < recipe.eval_interval
+            if resumed or self._lay_anew() is not recipe:
+                self.marks.clear()  # what was before says little of the pace from now on
+            self.marks.append((progress.iter, time.perf_counter()))
         self._save_last(train_loss, val_loss, val_bpb, final=progress.finished is not None)
         if self.board is not None:
             with self.disk(paths.tensorboard, final=False):

@@ -33,6 +33,17 @@ def learning_rate(
     return peak + progress * (min_lr - peak)
 
 
+def rate_at(recipe: Recipe, step: int) -> float:
+    """Rate of the update that ends step `step` of a run; only the recipe in force then has it."""
+    return learning_rate(
+        step,
+        peak=recipe.decay_rate,
+        min_lr=recipe.min_lr,
+        warmup_iters=recipe.decay_iter,
+        max_iters=recipe.max_iters,
+    )
+
+
 def make_optimizers(
     model: nn.Module, recipe: Recipe, dtype: torch.dtype = torch.float32
 ) -> list[torch.optim.Optimizer]:

@@ -25,7 +25,7 @@ from pico_edge.tokenizer import Tokenizer
 from pico_edge.train.checkpoint import Checkpoint, load_checkpoint
 from pico_edge.train.folder import RunPaths
 from pico_edge.train.optim import load_optimizer_states, optimizer_states
-from pico_edge.train.report import Reporter
+from pico_edge.train.report import Reporter, duration
 from pico_edge.train.settings import ARCHITECTURE, Recipe, TrainSettings
 from pico_edge.train.step import Trainer
 
@@ -137,9 +137,8 @@ def check_flags(
                 "leave the flag out, or start anew with --init-from"
             )
     if settings.minutes is not None:
-        reporter.say(
-            f"minutes: the {recipe.max_iters} iterations laid out at the start stay in force"
-        )
+        planned = duration(recipe.budget_s) if recipe.budget_s else f"{recipe.max_iters} iterations"
+        reporter.say(f"minutes: the {planned} of the start stay in force")
     return changed
 
 

@@ -173,6 +173,11 @@ class TrainSettings:
             self.model_config(self.preset, vocab_size=272)
 
     @property
+    def time_s(self) -> float:
+        """The time a run may take where no number of iterations is given."""
+        return 60.0 * (DEFAULT_MINUTES if self.minutes is None else self.minutes)
+
+    @property
     def has_target(self) -> bool:
         """Whether the size of the model follows from what the device can take."""
         return self.target_bytes is not None or self.target_tokens_per_second is not None
@@ -235,6 +240,9 @@ class TrainSettings:
             eval_iters=self.eval_iters or max(16, min(64, round(0.15 * interval * grad_accum))),
             # Whoever names a number of iterations gets that number.
             patience=PATIENCE if self.max_iters is None else 0,
+            budget_s=self.time_s if self.max_iters is None else 0.0,
+            decay_iter=warmup,
+            decay_rate=rate,
         )
 
 
@@ -244,7 +252,9 @@ class Recipe:
 
     One iteration is one optimizer step over grad_accum x batch_size windows. eval_iters: most
     batches of one evaluation. patience: evaluations in a row without a new best that end the run,
-    0: never. grad_clip 0: no clipping. learning_rate is the peak.
+    0: never. grad_clip 0: no clipping. learning_rate is the peak. budget_s: the time asked for, 0
+    where iterations were. From decay_iter on the rate falls from decay_rate; at first these are
+    warmup_iters and learning_rate, and `budget.fit_schedule` may change them with max_iters.
     """
 
     seed: int
@@ -263,6 +273,9 @@ class Recipe:
     eval_interval: int
     eval_iters: int
     patience: int
+    budget_s: float
+    decay_iter: int
+    decay_rate: float
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the checkpoint."""
@@ -272,6 +285,11 @@ class Recipe:
     def from_dict(cls, values: object) -> Recipe:
         """The inverse of `to_dict`. ArtefactError for fields missing, unknown or mistyped."""
         fields = {field.name: field.type for field in dataclasses.fields(cls)}
+        if isinstance(values, dict) and "budget_s" not in values:
+            # From when a schedule was never laid anew.
+            decay = {"decay_iter": "warmup_iters", "decay_rate": "learning_rate"}
+            old = {name: values[key] for name, key in decay.items() if key in values}
+            values = {"budget_s": 0.0} | old | values
         if not isinstance(values, dict) or values.keys() != fields.keys():
             raise ArtefactError(f"training recipe: expected the fields {sorted(fields)}")
         for name, kind in fields.items():

@@ -57,7 +57,6 @@ from pico_edge.train.resume import (
     restore,
 )
 from pico_edge.train.settings import (
-    DEFAULT_MINUTES,
     PRESET_BELOW_BYTES,
     PRESETS,
     Recipe,
@@ -203,13 +202,12 @@ def set_up(
         )
         return run
     if settings.max_iters is None:
-        budget_s = _budget_s(settings)
         trainer.recipe = lay_schedule(
             trainer,
             tokens,
             recipe_for,
             sample=lambda: sample_text(model, tokenizer, run.sample_prompt, seed=0),
-            left_s=lambda: budget_s - (time.perf_counter() - started),
+            left_s=lambda: settings.time_s - (time.perf_counter() - started),
         )
         # By the clock of rank 0.
         trainer.recipe = recipe_for(workers.share(lambda: trainer.recipe.max_iters))
@@ -223,7 +221,7 @@ def set_up(
         f"schedule: {recipe.max_iters} iterations of {trainer.tokens_per_iter} tokens, "
         f"{recipe.optimizer} at {recipe.learning_rate:g}, on {device.type} in "
         f"{str(dtype).removeprefix('torch.')}"
-        + ("" if settings.max_iters else f": {duration(_budget_s(settings))} in all, as measured")
+        + ("" if settings.max_iters else f": {duration(settings.time_s)} in all, as measured")
     )
     return run
 
@@ -287,7 +285,7 @@ def choose_compile(settings: TrainSettings, device: torch.device) -> bool:
     """Whether to run torch.compile: as asked, else on CUDA with Triton in runs long enough."""
     if settings.compile is not None:
         return settings.compile
-    long_enough = settings.max_iters is not None or _budget_s(settings) >= COMPILE_FROM_MINUTES * 60
+    long_enough = settings.max_iters is not None or settings.time_s >= COMPILE_FROM_MINUTES * 60
     possible = importlib.util.find_spec("triton") is not None and shutil.which("cc") is not None
     return device.type == "cuda" and long_enough and possible
 
@@ -397,7 +395,7 @@ def _shape(
     size = choose_size(
         most,
         f"the text is {f'under {count(limit)}B' if limit is not None else 'large'}",
-        seconds=_budget_s(settings) if settings.max_iters is None else None,
+        seconds=settings.time_s if settings.max_iters is None else None,
         n_parameters=lambda name: config_of(name).n_parameters,
         tokens_per_second=lambda name: measure_tokens_per_second(
             config_of(name),
@@ -511,10 +509,6 @@ def _sample_prompt(settings: TrainSettings, tokens: TokenData) -> str:
 def _tokenizer_name(tokenizer: Tokenizer) -> str:
     kind = {"simple": "bytes as tokens", "bpe": "byte-pair encoding"}[tokenizer.kind]
     return f"{kind}, {tokenizer.n_vocab} of them"
-
-
-def _budget_s(settings: TrainSettings) -> float:
-    return 60 * (DEFAULT_MINUTES if settings.minutes is None else settings.minutes)
 
 
 def _scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:

@@ -363,6 +363,52 @@ def test_the_time_is_measured_by_all_and_decided_by_the_first(folder):
     assert err.count("schedule: ") == 1
 
 
+# Each rank writes its rates down; a clock in the place of rank 0's says that a step takes a second,
+# then 1.5, in the end 100.
+SLOWER = """
+import os, time
+from pico_edge.cli import main
+from pico_edge.train import budget, loop, setup
+from pico_edge.train.step import train_step
+
+RANK = os.environ["RANK"]
+
+class Clock:
+    now = time.perf_counter()
+    def perf_counter(self):
+        return self.now
+    monotonic = perf_counter
+
+clock = Clock()
+
+def step(trainer, step, rate):
+    with open("rates." + RANK, "a") as file:
+        file.write(f"{step} {rate}\\n")
+    clock.now += 1.0 if step < 20 else 1.5 if step < 100 else 100.0
+    return train_step(trainer, step, rate)
+
+if __name__ == "__main__":
+    if RANK == "0":
+        budget.time = loop.time = setup.time = clock
+    loop.train_step = budget.train_step = step
+    main()
+"""
+
+
+def test_all_follow_the_first_where_the_schedule_changes(folder):
+    """At an evaluation, and between two when the time is over."""
+    (folder / "slower.py").write_text(SLOWER)
+    run = flags(eval_interval=40)
+    code, out, err = end(start("--minutes=5", "--json", *run, program=("slower.py",)))
+    assert code == 0, err
+    said = re.findall(r"schedule: (\d+) -> (\d+) iterations, slower than planned", err)
+    assert len(said) >= 2, err
+    result = json.loads(out)
+    assert result["iter"] == result["max_iters"] == int(said[-1][1]) < 110
+    rates = [(folder / f"rates.{rank}").read_text() for rank in range(2)]
+    assert rates[0] == rates[1]
+
+
 # One process
 
 
