@@ -53,10 +53,9 @@ class Progress:
 def environment(trainer: Trainer, *, compiled: bool) -> dict[str, str | int | bool]:
     """What decides, beside data and recipe, which bits the weights get."""
     device = trainer.device
-    cuda = device.type == "cuda"
     return {
         "machine": platform.machine(),
-        "processor": torch.cuda.get_device_name(device) if cuda else _cpu_capability(),
+        "processor": _processor(device),
         "torch": str(torch.__version__),  # a class of its own, which no checkpoint takes
         "device": device.type,
         "dtype": str(trainer.dtype),
@@ -64,6 +63,18 @@ def environment(trainer: Trainer, *, compiled: bool) -> dict[str, str | int | bo
         "threads": torch.get_num_threads(),
         "world_size": trainer.world_size,
     }
+
+
+def stored_dtype(checkpoint: Checkpoint, device: torch.device) -> str | None:
+    """The type a run worked in on such a processor; timed again, a busy one may choose another."""
+    before = (checkpoint.resume or {}).get("environment", {})
+    if before.get("device") != device.type or before.get("processor") != _processor(device):
+        return None
+    return str(before["dtype"]).removeprefix("torch.") if "dtype" in before else None
+
+
+def _processor(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_capability()
 
 
 def resume_values(trainer: Trainer, progress: Progress, *, compiled: bool) -> dict[str, Any]:

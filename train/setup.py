@@ -55,6 +55,7 @@ from pico_edge.train.resume import (
     differences,
     load_resumable,
     restore,
+    stored_dtype,
 )
 from pico_edge.train.settings import (
     PRESET_BELOW_BYTES,
@@ -108,7 +109,6 @@ def set_up(
     keep_freed_memory()
     workers = workers or Workers()
     device = workers.device(choose_device(settings.device))
-    dtype = choose_dtype(settings.dtype, device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     files = find_files(data)
@@ -121,6 +121,13 @@ def set_up(
     if settings.resume and checkpoint is not None:
         _check_same_data(checkpoint, files, val_files)
         settings = _with_stored_reading(settings, checkpoint)
+    stored = stored_dtype(checkpoint, device) if settings.resume and checkpoint else None
+    dtype_name = settings.dtype
+    if dtype_name == "auto":  # by the timing of rank 0
+        dtype_name = workers.share(
+            lambda: stored or str(choose_dtype("auto", device)).removeprefix("torch.")
+        )
+    dtype = choose_dtype(dtype_name, device)
     config, preset, tokenizer = workers.share(
         lambda: _shape(
             files, settings, checkpoint, paths.folder, reporter, device=device, dtype=dtype

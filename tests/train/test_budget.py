@@ -37,6 +37,7 @@ TINY = TrainSettings(
     eval_interval=20,
     eval_iters=2,
     threads=1,
+    dtype="float32",  # timed anew, a busy machine may choose another
 )
 BUDGET_S = 300.0
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from pico_edge.errors import ArtefactError, UsageError
+from pico_edge.train import setup
 from pico_edge.train.checkpoint import build_model, load_checkpoint
 from pico_edge.train.loop import train
 from pico_edge.train.report import Reporter
@@ -35,6 +36,7 @@ TINY = TrainSettings(
     eval_interval=20,
     eval_iters=2,
     threads=1,
+    dtype="float32",  # timed anew, a busy machine may choose another
 )
 
 
@@ -209,7 +211,8 @@ def heard_hangup():
 
 @pytest.mark.usefixtures("heard_hangup")
 def test_a_signal_ends_the_run_after_its_step_and_a_resume_loses_nothing(whole, data, tmp_path):
-    command = f"pico-edge train {data} --out {tmp_path / 'ckpt.pt'} --threads 1 --resume"
+    command = f"pico-edge train {data} --out {tmp_path / 'ckpt.pt'} --dtype float32"
+    command += " --threads 1 --resume"
     names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
     for i, name in enumerate(names, start=1):
         signum = getattr(signal, name)
@@ -226,6 +229,20 @@ def test_a_signal_ends_the_run_after_its_step_and_a_resume_loses_nothing(whole, 
     train([data], tiny(tmp_path, resume=True), reporter=quiet())
     assert weights_hash(tmp_path / "ckpt.run/last.pt") == weights_hash(whole / "ckpt.run/last.pt")
     assert without_times(metrics(tmp_path)) == without_times(metrics(whole))
+
+
+def test_a_resume_keeps_the_type_that_was_timed_at_the_start(data, tmp_path, monkeypatch):
+    """A busy machine may answer the timing otherwise."""
+    monkeypatch.setattr(setup, "has_fast_bfloat16", lambda: True)
+    stopper = StopAt("iter 20/100", signal.SIGTERM)
+    train([data], tiny(tmp_path, dtype="auto"), reporter=stopper)
+    monkeypatch.setattr(setup, "has_fast_bfloat16", lambda: False)
+    stopper = StopAt("iter 40/100", signal.SIGTERM)
+    train([data], tiny(tmp_path, dtype="auto", resume=True), reporter=stopper)
+    assert any("bit by bit" in line for line in stopper.lines)
+    stopper = StopAt("iter 60/100", signal.SIGTERM)
+    train([data], tiny(tmp_path, resume=True, dtype="float32"), reporter=stopper)
+    assert not any("bit by bit" in line for line in stopper.lines)
 
 
 def test_a_second_ctrl_c_leaves_at_once_with_the_last_checkpoint_whole(data, tmp_path):
