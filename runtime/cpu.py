@@ -7,6 +7,7 @@ Windows API; None stands for "unknown". Try: `cpu_features()["features"]`.
 from __future__ import annotations
 
 import ctypes
+import functools
 import platform
 import sys
 from pathlib import Path
@@ -45,6 +46,9 @@ MACOS = {
 WINDOWS = {"avx2": 40, "avx512f": 41, "neon": 19, "dotprod": 43}
 
 
+FIRST_CORE = 1 << 14  # characters of /proc/cpuinfo, which says the same of every core
+
+
 def is_arm(machine: str) -> bool:
     """Whether `platform.machine()` names a 64-bit ARM processor."""
     return machine.lower() in ("aarch64", "arm64")
@@ -59,7 +63,8 @@ def cpu_features() -> dict[str, Any]:
     names = ARM if is_arm(machine) else X86
     if sys.platform == "linux":
         try:
-            text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+            with Path("/proc/cpuinfo").open(encoding="utf-8", errors="replace") as file:
+                text = file.read(FIRST_CORE)
         except OSError:
             text = ""
         return parse_cpuinfo(text, machine)
@@ -71,6 +76,16 @@ def cpu_features() -> dict[str, Any]:
         found = {name: bool(present(WINDOWS[name])) if name in WINDOWS else None for name in names}
         return {"name": platform.processor() or None, "source": "Windows", "features": found}
     return {"name": None, "source": "unknown", "features": dict.fromkeys(names)}
+
+
+@functools.cache
+def may_saturate() -> bool:
+    """Whether kernels for u8 x s8 may add two products in 16 bits here: x86 without VNNI, or where
+    the system does not say whether it has it."""
+    if is_arm(platform.machine()):
+        return False
+    features = cpu_features()["features"]
+    return not (features["avx_vnni"] or features["avx512_vnni"])
 
 
 def parse_cpuinfo(text: str, machine: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import pytest
 from pico_edge import cli
 from pico_edge.commands.doctor import table
 from pico_edge.errors import PicoEdgeError
-from pico_edge.runtime import installed
+from pico_edge.runtime import cpu, installed
 from pico_edge.runtime.cpu import ARM, X86, cpu_features, parse_cpuinfo
 from pico_edge.runtime.doctor import (
     addition_model,
@@ -279,3 +279,20 @@ def test_doctor_opens_no_model_and_imports_no_torch() -> None:
         "sys.exit(bool({'torch', 'onnx', 'matplotlib'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("machine", "cpuinfo", "expected"),
+    [
+        ("x86_64", "flags : fpu avx2", True),
+        ("x86_64", "flags : avx2 avx512f", True),
+        ("x86_64", "flags : avx2 avx_vnni", False),
+        ("AMD64", "flags : avx2 avx512_vnni", False),
+        ("AMD64", "", True),  # does not say
+        ("aarch64", "Features : fp asimd", False),
+    ],
+)
+def test_products_may_saturate_on_x86_without_vnni(monkeypatch, machine, cpuinfo, expected):
+    monkeypatch.setattr(cpu.platform, "machine", lambda: machine)
+    monkeypatch.setattr(cpu, "cpu_features", lambda: parse_cpuinfo(cpuinfo, machine))
+    assert cpu.may_saturate.__wrapped__() is expected
