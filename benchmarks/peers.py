@@ -566,6 +566,29 @@ def _bits(row: dict[str, Any]) -> int:
     ]
 
 
+def draw(result: dict[str, Any], image: Path) -> None:
+    """A picture of `collect`: decode behind 16 tokens, each engine's fastest row of 8 bits."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 2.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, shape) in zip(figure.subplots(1, len(SHAPES)), SHAPES.items(), strict=True):
+        best: dict[str, float] = {}
+        for row in result["rows"]:
+            if row["shape"] == name and _bits(row) == 8 and "decode_16" in row:
+                best[row["engine"]] = max(row["decode_16"], best.get(row["engine"], 0.0))
+        engines = sorted(best, key=lambda engine: best[engine])
+        colors = ["C1" if engine == "pico-edge" else "C7" for engine in engines]
+        bars = axes.barh(engines, [best[engine] for engine in engines], color=colors)
+        axes.bar_label(bars, fmt="%.0f", fontsize=7)
+        axes.set_title(f"{shape.n_layer} x {shape.n_embd}, int8", fontsize=9)
+        axes.set_xmargin(0.25)
+        axes.set_xlabel("decode, tokens/s", fontsize=8)
+        axes.tick_params(labelsize=7)
+    figure.savefig(image, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -579,6 +602,7 @@ def main() -> None:
     parser.add_argument("--venvs", type=Path, default=Path(".venv-peers"), help="environments")
     parser.add_argument("--json", type=Path, help="table: where its numbers go")
     parser.add_argument("--from-json", type=Path, help="table: render numbers of an earlier one")
+    parser.add_argument("--plot", type=Path, help="table: and draw its decode figures of 8 bits")
     arguments = parser.parse_args()
     names, peers = arguments.shapes.split(","), arguments.peers.split(",")
     for given, known in ((names, list(SHAPES)), (peers, ENGINE_ORDER)):
@@ -600,6 +624,8 @@ def main() -> None:
             result = json.loads(arguments.from_json.read_text(encoding="utf-8"))
         else:
             result = collect(folder, venvs)
+        if arguments.plot:
+            draw(result, arguments.plot)
         if arguments.json:
             text = json.dumps(result, indent=1) + "\n"
             arguments.json.write_text(text, encoding="utf-8")
