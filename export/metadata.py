@@ -63,7 +63,8 @@ def write_metadata(
         artefact.PARITY_KEY: {},
     }
     model.metadata_props.pop(artefact.NGRAMS_KEY, None)  # of the fp32 file of the same graph
-    if checkpoint.ngrams is not None and target.name in SPECULATE:
+    drafts = target.name in SPECULATE and artefact.worth_drafting(checkpoint.config)
+    if checkpoint.ngrams is not None and drafts:
         values[artefact.NGRAMS_KEY] = checkpoint.ngrams.to_dict()
     for key, value in values.items():
         model.metadata_props[key] = dumps(value)

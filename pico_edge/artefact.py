@@ -26,6 +26,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pico_edge.config import GPTConfig
+
 FORMAT_VERSION = 1  # of model.onnx; raised when an older pico-edge could misread a newer file
 
 KEY_PREFIX = "pico_edge."
@@ -53,6 +55,8 @@ KEYS = (
 NGRAMS_KEY = KEY_PREFIX + "ngrams"
 OPTIONAL_KEYS = (NGRAMS_KEY,)
 MAX_METADATA_BYTES = 16 << 20  # per value
+# Weights in the blocks: with fewer a step takes less than 60 us, and guessing what follows 5 to 10.
+MIN_DRAFTING_WEIGHTS = 2 << 20
 MAX_NGRAMS_BYTES = 256 << 10
 
 # Which execution provider of onnxruntime a file of each target is made for. `web` is made for
@@ -108,6 +112,11 @@ def portable_input_names(n_layer: int) -> list[str]:
 def output_names(n_layer: int) -> list[str]:
     """Every graph output, in graph order."""
     return [LOGITS, *present_names(n_layer)]
+
+
+def worth_drafting(config: GPTConfig) -> bool:
+    """Whether a step is long enough for guessed tokens to pay: see MIN_DRAFTING_WEIGHTS."""
+    return 12 * config.n_layer * config.n_embd**2 >= MIN_DRAFTING_WEIGHTS
 
 
 def tokens_kept(block_size: int) -> int:

@@ -26,6 +26,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from pico_edge.artefact import worth_drafting
 from pico_edge.config import GPTConfig
 from pico_edge.ngrams import MAX_ORDER, NGrams
 from pico_edge.runtime.session import Cache, Session
@@ -36,9 +37,6 @@ FloatArray = npt.NDArray[np.floating[Any]]
 Ids = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 MAX_DRAFT = 15  # tokens; with the one before them 16 rows, two to four tiles of every kernel
-# Below this many weights in the blocks a step takes less than 60 us, and drafting 5 to 10: "auto"
-# is off.
-MIN_WEIGHTS = 2 << 20
 # What a further token costs in one call, in steps, where it is not measured: see NOTES.md.
 SLOPE_FLOATS = 0.15
 SLOPE_ROWS = 0.08
@@ -98,7 +96,7 @@ def speculate_with(
         return None
     if not session.appends or session.export.get("rows_are_independent") is not True:
         return None
-    if wanted == "auto" and 12 * config.n_layer * config.n_embd**2 < MIN_WEIGHTS:
+    if wanted == "auto" and not worth_drafting(config):
         return None
     slope = slope_for(session.export, config, session.device)
     return Speculation(
