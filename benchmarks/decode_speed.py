@@ -25,6 +25,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from random_model import save_random
+
 N_LAYER, N_HEAD, N_EMBD, BLOCK_SIZE, VOCAB_SIZE = 6, 6, 384, 256, 4096
 PROMPT_TOKENS, NEW_TOKENS = 64, 128
 
@@ -36,33 +38,12 @@ def prepare(folder: Path) -> None:
     from pico_edge.config import GPTConfig
     from pico_edge.export.pipeline import export
     from pico_edge.train.bpe import train_bpe
-    from pico_edge.train.checkpoint import (
-        Checkpoint,
-        library_versions,
-        model_state,
-        save_checkpoint,
-    )
-    from pico_edge.train.model import GPT
 
     text = "\n".join(pydoc_data.topics.topics.values())
     tokenizer = train_bpe([text], VOCAB_SIZE)
     torch.manual_seed(0)
     config = GPTConfig(BLOCK_SIZE, VOCAB_SIZE, N_LAYER, N_HEAD, N_EMBD)
-    checkpoint = Checkpoint(
-        config=config,
-        tokenizer=tokenizer,
-        model=model_state(GPT(config)),
-        held_out=text[:8000],
-        iter=0,
-        tokens=0,
-        train_loss=None,
-        val_loss=None,
-        val_bits_per_byte=None,
-        settings={},
-        data={},
-        versions=library_versions(),
-    )
-    save_checkpoint(folder / "ckpt.pt", checkpoint)
+    save_random(folder / "ckpt.pt", config, tokenizer, text[:8000])
     export(folder / "ckpt.pt", folder / "fp32.onnx")
     export(folder / "ckpt.pt", folder / "int8.onnx", quantize=True)
 

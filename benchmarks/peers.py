@@ -30,6 +30,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from random_model import save_random
+
 HERE = Path(__file__).parent
 DATE_FORMAT = "%Y-%m-%d"
 
@@ -216,33 +218,12 @@ def _make_checkpoint(place: Path, shape: Shape) -> None:
 
     from pico_edge.config import GPTConfig
     from pico_edge.tokenizer import SimpleTokenizer
-    from pico_edge.train.checkpoint import (
-        Checkpoint,
-        library_versions,
-        model_state,
-        save_checkpoint,
-    )
-    from pico_edge.train.model import GPT
 
     torch.manual_seed(0)
     config = GPTConfig(
         shape.block_size, shape.vocab_size, shape.n_layer, shape.n_head, shape.n_embd
     )
-    checkpoint = Checkpoint(
-        config=config,
-        tokenizer=SimpleTokenizer(),
-        model=model_state(GPT(config)),
-        held_out=text[:16_000],
-        iter=0,
-        tokens=0,
-        train_loss=None,
-        val_loss=None,
-        val_bits_per_byte=None,
-        settings={},
-        data={},
-        versions=library_versions(),
-    )
-    save_checkpoint(place / "ckpt.pt", checkpoint)
+    save_random(place / "ckpt.pt", config, SimpleTokenizer(), text[:16_000])
 
 
 def _export(checkpoint: Path, out: Path, bits: int | None) -> None:

@@ -28,6 +28,7 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = "1"  # read when numpy and torch are imported
 
 import numpy as np  # noqa: E402
+from random_model import save_random  # noqa: E402
 
 RESULT = Path(__file__).with_name("regression.json")
 LIMIT = 1.10
@@ -61,33 +62,17 @@ def make_files(folder: Path) -> None:
     from pico_edge.config import GPTConfig
     from pico_edge.export.pipeline import export
     from pico_edge.tokenizer import SimpleTokenizer
-    from pico_edge.train.checkpoint import (
-        Checkpoint,
-        library_versions,
-        model_state,
-        save_checkpoint,
-    )
-    from pico_edge.train.model import GPT
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
     for name, (n_layer, n_head, n_embd, vocab_size, block_size) in SHAPES.items():
         config = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd)
-        checkpoint = Checkpoint(
-            config=config,
-            tokenizer=SimpleTokenizer(),
-            model=model_state(GPT(config)),
-            held_out="\n".join(pydoc_data.topics.topics.values())[:4000],
-            iter=0,
-            tokens=0,
-            train_loss=None,
-            val_loss=None,
-            val_bits_per_byte=None,
-            settings={},
-            data={},
-            versions=library_versions(),
+        save_random(
+            folder / f"{name}.pt",
+            config,
+            SimpleTokenizer(),
+            "\n".join(pydoc_data.topics.topics.values())[:4000],
         )
-        save_checkpoint(folder / f"{name}.pt", checkpoint)
     for name, precision in FILES:
         if (folder / f"{name}-{precision}.onnx").exists():
             continue

@@ -10,22 +10,18 @@ Knows nothing of quantization, tokenizers or files. Try: `trace_portable(model)`
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from pico_edge import artefact
-from pico_edge.export.trace import finish_trace, quiet_exporter
+from pico_edge.export.trace import run_exporter
 from pico_edge.train.model import GPT, Block
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# 18 is the lowest that torch writes, and needs IR version 8.
-OPSET_VERSION = 18
-IR_VERSION = 8
 # Of a place that must not be seen. Finite, as in Hugging Face's GPT-2: a row that may see nothing
 # (the padding in front of a prompt) must not become NaN.
 HIDDEN = torch.finfo(torch.float32).min
@@ -110,25 +106,11 @@ def trace_portable(model: GPT) -> ir.Model:
         torch.export.Dim(name) for name in ("batch", "seq", "past_seq", "total_seq")
     )
     cache_axes = {0: batch, 2: past_seq}
-    with warnings.catch_warnings(), quiet_exporter():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            _PortableGPT(model).eval(),
-            example,
-            dynamo=True,
-            opset_version=OPSET_VERSION,
-            optimize=True,
-            external_data=False,
-            dynamic_shapes=(
-                {0: batch, 1: seq},
-                {0: batch, 1: total},
-                {0: batch, 1: seq},
-                [(cache_axes, cache_axes)] * config.n_layer,
-            ),
-            input_names=artefact.portable_input_names(config.n_layer),
-            output_names=artefact.output_names(config.n_layer),
-            verbose=False,
-        )
-    if program is None:
-        raise AssertionError("torch.onnx.export(dynamo=True) returns a program")
-    return finish_trace(program.model, config.n_layer, IR_VERSION)
+    dynamic_shapes = (
+        {0: batch, 1: seq},
+        {0: batch, 1: total},
+        {0: batch, 1: seq},
+        [(cache_axes, cache_axes)] * config.n_layer,
+    )
+    names = artefact.portable_input_names(config.n_layer)
+    return run_exporter(_PortableGPT(model), example, dynamic_shapes, names, config.n_layer)

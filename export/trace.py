@@ -14,7 +14,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -146,42 +146,51 @@ def trace(model: GPT) -> ir.Model:
         torch.export.Dim(name) for name in ("batch", "seq", "kv_capacity", "n_out")
     )
     cache_axes = {0: batch, 2: capacity}
-    with warnings.catch_warnings(), quiet_exporter():
+    dynamic_shapes = (
+        {0: batch, 1: seq},
+        {0: batch, 1: seq},
+        {0: batch},
+        {},
+        {0: n_out},
+        [(cache_axes, cache_axes)] * config.n_layer,
+    )
+    names = artefact.input_names(config.n_layer)
+    return run_exporter(_TracedGPT(model), example, dynamic_shapes, names, config.n_layer)
+
+
+def run_exporter(
+    module: nn.Module,
+    example: tuple[Any, ...],
+    dynamic_shapes: tuple[Any, ...],
+    input_names: list[str],
+    n_layer: int,
+) -> ir.Model:
+    """What torch traces of a module, in the form that is published: see `trace`."""
+    with warnings.catch_warnings(), _quiet_exporter():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            _TracedGPT(model).eval(),
+            module.eval(),
             example,
             dynamo=True,
             opset_version=OPSET_VERSION,
             optimize=True,  # without it the splits stay SplitToSequence / SequenceAt
             external_data=False,
-            dynamic_shapes=(
-                {0: batch, 1: seq},
-                {0: batch, 1: seq},
-                {0: batch},
-                {},
-                {0: n_out},
-                [(cache_axes, cache_axes)] * config.n_layer,
-            ),
-            input_names=artefact.input_names(config.n_layer),
-            output_names=artefact.output_names(config.n_layer),
+            dynamic_shapes=dynamic_shapes,
+            input_names=input_names,
+            output_names=artefact.output_names(n_layer),
             verbose=False,
         )
     if program is None:
         raise AssertionError("torch.onnx.export(dynamo=True) returns a program")
-    return finish_trace(program.model, config.n_layer, IR_VERSION)
-
-
-def finish_trace(traced: ir.Model, n_layer: int, ir_version: int) -> ir.Model:
-    """Bring what torch traced into the form that is published, in place."""
-    traced.ir_version = ir_version
+    traced = program.model
+    traced.ir_version = IR_VERSION
     _strip(traced)
     _name_weights(traced, n_layer)
     return traced
 
 
 @contextlib.contextmanager
-def quiet_exporter() -> Iterator[None]:
+def _quiet_exporter() -> Iterator[None]:
     """torch.onnx logs and prints its steps; a user of export has no use for them."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

@@ -29,6 +29,20 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout,
 Quiet = Annotated[bool, typer.Option("--quiet", help="Nothing on stderr but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
+Threads = Annotated[str, typer.Option(metavar="N|auto", help="CPU threads.")]
+# Of what bench and compare measure.
+PromptTokens = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Tokens of the prompt. Default: 128, or the context if that is less.",
+        show_default=False,
+    ),
+]
+NewTokens = Annotated[int, typer.Option(metavar="N", help="Tokens to decode.")]
+Depth = Annotated[
+    int, typer.Option(metavar="N", help="Tokens in the cache before the first of these.")
+]
 
 
 class StoppedError(Exception):

@@ -14,9 +14,13 @@ import typer
 from pico_edge.errors import UsageError
 from pico_edge.terminal import (
     Debug,
+    Depth,
     Json,
+    NewTokens,
+    PromptTokens,
     Quiet,
     Signals,
+    Threads,
     print_json,
     progress_bar,
     say,
@@ -43,23 +47,14 @@ SHARED = (
 
 def bench(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model.onnx made by export.")],
-    prompt_tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Tokens of the prompt. Default: 128, or the context if that is less.",
-            show_default=False,
-        ),
-    ] = None,
-    new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to decode.")] = 128,
-    depth: Annotated[
-        int, typer.Option(metavar="N", help="Tokens in the cache before the first of these.")
-    ] = 0,
+    prompt_tokens: PromptTokens = None,
+    new_tokens: NewTokens = 128,
+    depth: Depth = 0,
     repeats: Annotated[int, typer.Option(metavar="N", help="Measured runs of each test.")] = 5,
     provider: Annotated[
         Literal["auto", "cpu", "cuda", "directml"], typer.Option(help="Where to run.")
     ] = "auto",
-    threads: Annotated[str, typer.Option(metavar="N|auto", help="CPU threads.")] = "auto",
+    threads: Threads = "auto",
     format_: Annotated[
         Literal["md", "csv", "json", "jsonl"],
         typer.Option("--format", help="Of what is printed; csv, jsonl: one line per test."),

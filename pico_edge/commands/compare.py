@@ -16,9 +16,13 @@ import typer
 from pico_edge.errors import ArtefactError, PicoEdgeError, UsageError
 from pico_edge.terminal import (
     Debug,
+    Depth,
     Json,
+    NewTokens,
+    PromptTokens,
     Quiet,
     Signals,
+    Threads,
     print_json,
     progress_bar,
     table,
@@ -37,22 +41,13 @@ def compare(
         Path | None,
         typer.Option(metavar="FILE", help="Text that was not trained on: adds the quality."),
     ] = None,
-    prompt_tokens: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Tokens of the prompt. Default: 128, or the context if that is less.",
-            show_default=False,
-        ),
-    ] = None,
-    new_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to decode.")] = 128,
-    depth: Annotated[
-        int, typer.Option(metavar="N", help="Tokens in the cache before the first of these.")
-    ] = 0,
+    prompt_tokens: PromptTokens = None,
+    new_tokens: NewTokens = 128,
+    depth: Depth = 0,
     rounds: Annotated[
         int, typer.Option(metavar="N", help="Processes for each file, in turns.")
     ] = 3,
-    threads: Annotated[str, typer.Option(metavar="N|auto", help="CPU threads.")] = "auto",
+    threads: Threads = "auto",
     json_: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

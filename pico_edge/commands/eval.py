@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pico_edge.errors import ArtefactError, PicoEdgeError, UsageError
-from pico_edge.terminal import Debug, Json, Quiet, Signals, print_json, progress_bar, say, write
+from pico_edge.terminal import (
+    Debug,
+    Json,
+    Quiet,
+    Signals,
+    Threads,
+    print_json,
+    progress_bar,
+    say,
+    write,
+)
 
 if TYPE_CHECKING:
     from pico_edge.runtime.evaluate import Scored
@@ -51,7 +61,7 @@ def evaluate(
     text_field: Annotated[
         str, typer.Option(metavar="NAME", help="Of the objects in .jsonl.")
     ] = "text",
-    threads: Annotated[str, typer.Option(metavar="N|auto", help="CPU threads.")] = "auto",
+    threads: Threads = "auto",
     json_: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

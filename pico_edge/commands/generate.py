@@ -10,7 +10,7 @@ import typer
 
 from pico_edge.artefact import SAMPLING_DEFAULTS
 from pico_edge.errors import UsageError
-from pico_edge.terminal import Debug, Json, Quiet, Signals, print_json, say, write
+from pico_edge.terminal import Debug, Json, Quiet, Signals, Threads, print_json, say, write
 
 if TYPE_CHECKING:
     from pico_edge.runtime.generate import Options
@@ -112,7 +112,7 @@ def generate(
     provider: Annotated[
         Literal["auto", "cpu", "cuda", "directml", "webgpu"], typer.Option(help="Where to run.")
     ] = "auto",
-    threads: Annotated[str, typer.Option(metavar="N|auto", help="CPU threads.")] = "auto",
+    threads: Threads = "auto",
     context_overflow: Annotated[
         Literal["slide", "stop"] | None,
         _sampling(

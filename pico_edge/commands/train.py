@@ -10,7 +10,16 @@ from typing import Annotated, Any
 import typer
 
 from pico_edge.errors import UsageError
-from pico_edge.terminal import Debug, Json, Quiet, Signals, StoppedError, print_json, require_extra
+from pico_edge.terminal import (
+    Debug,
+    Json,
+    Quiet,
+    Signals,
+    StoppedError,
+    Threads,
+    print_json,
+    require_extra,
+)
 from pico_edge.train.distributed import place
 from pico_edge.train.settings import (
     DEFAULT_MINUTES,
@@ -91,7 +100,7 @@ def train(
     compile_: Annotated[
         bool | None, _chosen("Run torch.compile.", None, "--compile/--no-compile")
     ] = None,
-    threads: Annotated[str, typer.Option(metavar="N|auto", help="CPU threads.")] = "auto",
+    threads: Threads = "auto",
     seed: Annotated[
         int, typer.Option(metavar="N", help="Of weights, batches, dropout.")
     ] = TrainSettings.seed,

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from pico_edge.errors import PicoEdgeError
-from pico_edge.terminal import Debug, Json, Quiet, Signals, folded, print_json, say, write
+from pico_edge.terminal import Debug, Json, Quiet, Signals, Threads, folded, print_json, say, write
 
 INDENT = 21  # of what a check says
 
@@ -19,7 +19,7 @@ def verify(
     provider: Annotated[
         Literal["auto", "cpu", "cuda", "directml"], typer.Option(help="Where to run.")
     ] = "auto",
-    threads: Annotated[str, typer.Option(metavar="N|auto", help="CPU threads.")] = "auto",
+    threads: Threads = "auto",
     json_: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

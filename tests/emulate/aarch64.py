@@ -1,6 +1,6 @@
 """Run the committed models on ARM64 under emulation, and compare with this machine.
 
-    python tests/emulate/aarch64.py --qemu PATH/TO/qemu-aarch64
+    python tests/emulate/aarch64.py --qemu PATH/TO/qemu-aarch64 --mirror URL
 
 Needs Linux with apt-get, a network, and qemu-user 10 or newer: 7.2 ends in a segmentation fault
 when it loads onnxruntime. Downloads Debian's Python for arm64 and the aarch64 wheels of what the
@@ -42,6 +42,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("models", type=Path, nargs="*", default=MODELS)
     parser.add_argument("--qemu", default="qemu-aarch64", help="of qemu-user 10 or newer")
+    parser.add_argument("--mirror", required=True, help="URL of a Debian mirror")
     parser.add_argument("--folder", type=Path, help="where downloads are kept; default: nowhere")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -49,7 +50,7 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
         root, site = folder / "root", folder / "site"
         if not root.exists():
-            get_python(folder, root)
+            get_python(folder, root, arguments.mirror)
         if not site.exists():
             get_wheels(folder, site)
         package = Path(temporary, "package")
@@ -101,14 +102,14 @@ def run(command: list[str]) -> dict[str, Any]:
     return report
 
 
-def get_python(folder: Path, root: Path) -> None:
+def get_python(folder: Path, root: Path, mirror: str) -> None:
     """Debian's packages, unpacked; apt gets folders of its own, so that the system's stay as is."""
     apt = folder / "apt"
     for name in ("lists/partial", "cache/archives/partial", "debs"):
         (apt / name).mkdir(parents=True, exist_ok=True)
     (apt / "status").touch()
     (apt / "sources.list").write_text(
-        f"deb [arch=arm64 signed-by={KEYRING}] http://deb.debian.org/debian {RELEASE} main\n"
+        f"deb [arch=arm64 signed-by={KEYRING}] {mirror} {RELEASE} main\n"
     )
     settings = {
         "Dir::State": apt,
