@@ -25,8 +25,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from random_model import save_random
-
 N_LAYER, N_HEAD, N_EMBD, BLOCK_SIZE, VOCAB_SIZE = 6, 6, 384, 256, 4096
 PROMPT_TOKENS, NEW_TOKENS = 64, 128
 
@@ -34,6 +32,7 @@ PROMPT_TOKENS, NEW_TOKENS = 64, 128
 def prepare(folder: Path) -> None:
     """ckpt.pt, fp32.onnx and int8.onnx in the folder."""
     import torch
+    from random_model import save_random
 
     from pico_edge.config import GPTConfig
     from pico_edge.export.pipeline import export

@@ -30,8 +30,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from random_model import save_random
-
 HERE = Path(__file__).parent
 DATE_FORMAT = "%Y-%m-%d"
 
@@ -215,6 +213,7 @@ def _make_checkpoint(place: Path, shape: Shape) -> None:
         subprocess.run(command, check=True)
         return
     import torch
+    from random_model import save_random
 
     from pico_edge.config import GPTConfig
     from pico_edge.tokenizer import SimpleTokenizer

@@ -28,7 +28,6 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[name] = "1"  # read when numpy and torch are imported
 
 import numpy as np  # noqa: E402
-from random_model import save_random  # noqa: E402
 
 RESULT = Path(__file__).with_name("regression.json")
 LIMIT = 1.10
@@ -58,6 +57,7 @@ def reference() -> Callable[[], float]:
 def make_files(folder: Path) -> None:
     """FILES as SHAPE-PRECISION.onnx, of models with random weights."""
     import torch
+    from random_model import save_random
 
     from pico_edge.config import GPTConfig
     from pico_edge.export.pipeline import export
