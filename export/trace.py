@@ -146,7 +146,7 @@ def trace(model: GPT) -> ir.Model:
         torch.export.Dim(name) for name in ("batch", "seq", "kv_capacity", "n_out")
     )
     cache_axes = {0: batch, 2: capacity}
-    dynamic_shapes = (
+    dynamic_shapes: tuple[Any, ...] = (
         {0: batch, 1: seq},
         {0: batch, 1: seq},
         {0: batch},
