@@ -76,8 +76,8 @@ VERSION_OF = {
 # What each file is, and how it is run. Each engine's own default where nothing is said.
 VARIANTS = {
     ("pico-edge", "fp32"): "",
-    ("pico-edge", "int8"): "int8 cache",
-    ("pico-edge", "int4"): "int8 cache",
+    ("pico-edge", "int8"): "",
+    ("pico-edge", "int4"): "",
     ("llama.cpp", "fp32"): "F32, GGML_NATIVE",
     ("llama.cpp", "int8"): "Q8_0, GGML_NATIVE",
     ("llama.cpp", "int4"): "Q4_0, GGML_NATIVE",

@@ -103,10 +103,10 @@ def plan_for(config: GPTConfig, target: Target, bits: int | None) -> Plan | None
     """What `quantize_for` makes of each matrix; None for floats and for columns."""
     if bits is None or target.weights == "columns":
         return None
-    plan = choose_plan(config, bits, cache="int8" if target.weights == "plan" else "float32")
+    plan = choose_plan(config, bits)
     if target.weights == "plan":
         return plan
-    return Plan(plan.precision, dict.fromkeys(plan.forms, "int8"), plan.cache)
+    return Plan(plan.precision, dict.fromkeys(plan.forms, "int8"), "float32")
 
 
 def quantize_for(

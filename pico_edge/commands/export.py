@@ -15,7 +15,7 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A ckpt.pt made by train.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="File to write.")] = Path("model.onnx"),
     quantize: Annotated[
-        bool, typer.Option("--quantize", help="int8 weights, activations and cache.")
+        bool, typer.Option("--quantize", help="int8 weights and activations, a long cache too.")
     ] = False,
     bits: Annotated[
         int | None,

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,13 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from pico_edge import artefact
 from pico_edge.config import GPTConfig
 from pico_edge.export import quantize
 from pico_edge.export.blocks import quantize_matrix
+from pico_edge.export.pipeline import export
 from pico_edge.export.quantize import GELU_MIN, block_size_for, choose_plan
+from pico_edge.runtime.preflight import read_model_file
 from pico_edge.runtime.session import Session
 
 
@@ -75,11 +80,24 @@ def test_the_cache_is_int8(report: str, request: pytest.FixtureRequest) -> None:
     assert session.cache_dtype == np.int8
 
 
+def test_a_narrow_model_of_a_short_context_keeps_its_cache_in_float32(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    short = GPTConfig(block_size=256, vocab_size=272, n_layer=2, n_head=2, n_embd=32)
+    path = Path(export(make_checkpoint(short), tmp_path / "short.onnx", quantize=True)["file"])
+    assert Session(path, threads=1).cache_dtype == np.float32
+    assert read_model_file(path).metadata[artefact.EXPORT_KEY]["cache"] == "float32"
+
+
 def test_the_plan_follows_the_shape_alone() -> None:
     narrow, wide = GPTConfig(n_layer=2, n_head=6, n_embd=384), GPTConfig(n_layer=2)
     assert set(choose_plan(narrow, 8).forms.values()) == {"int8"}
     assert set(choose_plan(wide, 8).forms.values()) == {"int8", "rows"}
     assert choose_plan(wide, 8).forms["lm_head"] == "int8"
+    assert choose_plan(narrow, 8).cache == "int8"  # of 1024 positions
+    short = dataclasses.replace(narrow, block_size=256)
+    assert choose_plan(short, 8).cache == choose_plan(short, 4).cache == "float32"
+    assert choose_plan(dataclasses.replace(wide, block_size=256), 8).cache == "int8"
     deep = choose_plan(GPTConfig(), 4).forms
     assert deep["transformer.h.0.mlp.c_proj"] == "int4"
     assert deep["transformer.h.0.mlp.c_fc"] == "int8"
