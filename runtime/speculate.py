@@ -40,7 +40,8 @@ MAX_DRAFT = 15  # tokens; with the one before them 16 rows, two to four tiles of
 # What a further token costs in one call, in steps, where it is not measured: see NOTES.md.
 SLOPE_FLOATS = 0.15
 SLOPE_ROWS = 0.08
-SLOPE_BLOCKS = 0.4  # MatMulNBits: compute decides, not memory, so rows are hardly shared
+SLOPE_BLOCKS = 0.3  # MatMulNBits: compute decides, not memory, so rows are hardly shared
+SLOPE_BLOCKS_INT8_CACHE = 0.4
 SLOPE_WIDE_BLOCKS = 0.2
 SLOPE_DEVICE = 0.05
 WIDE = 512
@@ -73,7 +74,9 @@ def slope_for(export: dict[str, Any], config: GPTConfig, device: str) -> float:
         return SLOPE_ROWS
     if "float32" in forms or "float16" in forms:
         return SLOPE_FLOATS
-    return SLOPE_WIDE_BLOCKS if config.n_embd >= WIDE else SLOPE_BLOCKS
+    if config.n_embd >= WIDE:
+        return SLOPE_WIDE_BLOCKS
+    return SLOPE_BLOCKS if export.get("cache") == "float32" else SLOPE_BLOCKS_INT8_CACHE
 
 
 def measures(wanted: Speculate, fixed: bool, export: dict[str, Any], device: str) -> bool:
