@@ -44,9 +44,9 @@ ROWS_MIN_WIDTH = 512
 # GELU never goes below this (tanh and erf form alike), so its outputs need no negative half.
 GELU_MIN = 0.17005
 DEEP = 8  # layers
-# A narrow model with at most this many positions keeps its cache in float32: it is read as fast
-# there (steps at 4 x 256 and 6 x 384 within 5 % up to depth 256, and 17 % slower at 480), prompts of
-# 128 tokens take 0.64 to 0.76 of the time, and texts are closer to fp32's.
+# A narrow model with at most this many positions keeps its cache in float32: steps at 4 x 256 and
+# 6 x 384 are within 5 % up to depth 256 (and 17 % slower at 480), prompts of 128 tokens take 0.64
+# to 0.76 of the time, and texts are closer to fp32's.
 SHORT_CONTEXT = 256
 # The held-out text may hold larger keys and values than the part that was looked at.
 CACHE_MARGIN = 1.1

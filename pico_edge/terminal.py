@@ -14,7 +14,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -29,6 +29,9 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout,
 Quiet = Annotated[bool, typer.Option("--quiet", help="Nothing on stderr but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
+Provider = Annotated[
+    Literal["auto", "cpu", "cuda", "directml", "webgpu"], typer.Option(help="Where to run.")
+]
 Threads = Annotated[str, typer.Option(metavar="N|auto", help="CPU threads.")]
 # Of what bench and compare measure.
 PromptTokens = Annotated[

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pico_edge.runtime.cache import Cache
     from pico_edge.runtime.generate import Generation, Model, Options, Stream
     from pico_edge.runtime.score import TokenLogprob, TokenScore
-    from pico_edge.runtime.session import Cache, Session
+    from pico_edge.runtime.session import Session
 
 __all__ = [
     "Cache",
@@ -26,8 +27,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Cache", "Session"):
+    if name == "Session":
         from pico_edge.runtime import session as module
+    elif name == "Cache":
+        from pico_edge.runtime import cache as module  # type: ignore[no-redef]
     elif name in ("Generation", "Model", "Options", "Stream"):
         from pico_edge.runtime import generate as module  # type: ignore[no-redef]
     elif name in ("TokenLogprob", "TokenScore"):

@@ -21,9 +21,10 @@ import numpy as np
 
 from pico_edge import __version__
 from pico_edge.errors import UsageError
+from pico_edge.runtime.cache import Cache
 from pico_edge.runtime.generate import Model
 from pico_edge.runtime.portable import PortableCache
-from pico_edge.runtime.session import Cache, Session
+from pico_edge.runtime.session import Session
 
 PROMPT_TOKENS = 128
 NEW_TOKENS = 128

@@ -190,7 +190,7 @@ def run_a_node(ort: Any, ort_name: str) -> str | None:
     import numpy as np
 
     from pico_edge.runtime import webgpu
-    from pico_edge.runtime.session import ORT_ERRORS
+    from pico_edge.runtime.cache import ORT_ERRORS
 
     options = ort.SessionOptions()
     options.log_severity_level = 4  # the exception says it

@@ -1,6 +1,6 @@
 """The cache of a file for the target `portable`: keys and values that grow by Concat.
 
-Same methods as `pico_edge.runtime.session.Cache`, made by `Session.new_cache`. Every row runs by
+Same methods as `pico_edge.runtime.cache.Cache`, made by `Session.new_cache`. Every row runs by
 itself, so that rows of different lengths need no padding; each call copies what the row holds, as
 the graph demands. Knows ids and logits, not text. Try: `session.new_cache().prefill([[72, 105]])`.
 """

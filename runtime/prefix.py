@@ -12,8 +12,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
+from pico_edge.runtime.cache import Cache
 from pico_edge.runtime.portable import PortableCache
-from pico_edge.runtime.session import Cache
 
 
 class KeptCache:

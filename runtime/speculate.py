@@ -29,7 +29,8 @@ import numpy.typing as npt
 from pico_edge.artefact import worth_drafting
 from pico_edge.config import GPTConfig
 from pico_edge.ngrams import MAX_ORDER, NGrams
-from pico_edge.runtime.session import Cache, Session
+from pico_edge.runtime.cache import Cache
+from pico_edge.runtime.session import Session
 
 Speculate = Literal["auto", "on", "off"]
 SPECULATE: tuple[Speculate, ...] = get_args(Speculate)

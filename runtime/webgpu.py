@@ -16,16 +16,8 @@ from typing import Any
 import numpy as np
 
 from pico_edge.errors import PicoEdgeError, UsageError
-from pico_edge.runtime.session import (
-    ORT_ERRORS,
-    ORT_PROVIDERS,
-    WEBGPU_PLUGIN,
-    Cache,
-    FloatArray,
-    Ids,
-    Session,
-    ort,
-)
+from pico_edge.runtime.cache import ORT_ERRORS, Cache, FloatArray, Ids, ort
+from pico_edge.runtime.session import ORT_PROVIDERS, WEBGPU_PLUGIN, Session
 
 NAME = ORT_PROVIDERS["webgpu"]
 NO_ADAPTER = (

@@ -18,6 +18,7 @@ from pico_edge.terminal import (
     Json,
     NewTokens,
     PromptTokens,
+    Provider,
     Quiet,
     Signals,
     Threads,
@@ -51,9 +52,7 @@ def bench(
     new_tokens: NewTokens = 128,
     depth: Depth = 0,
     repeats: Annotated[int, typer.Option(metavar="N", help="Measured runs of each test.")] = 5,
-    provider: Annotated[
-        Literal["auto", "cpu", "cuda", "directml"], typer.Option(help="Where to run.")
-    ] = "auto",
+    provider: Provider = "auto",
     threads: Threads = "auto",
     format_: Annotated[
         Literal["md", "csv", "json", "jsonl"],

@@ -10,7 +10,17 @@ import typer
 
 from pico_edge.artefact import SAMPLING_DEFAULTS
 from pico_edge.errors import UsageError
-from pico_edge.terminal import Debug, Json, Quiet, Signals, Threads, print_json, say, write
+from pico_edge.terminal import (
+    Debug,
+    Json,
+    Provider,
+    Quiet,
+    Signals,
+    Threads,
+    print_json,
+    say,
+    write,
+)
 
 if TYPE_CHECKING:
     from pico_edge.runtime.generate import Options
@@ -109,9 +119,7 @@ def generate(
         ),
     ] = None,
     num_samples: Annotated[int, typer.Option(metavar="N", help="Texts to make, as a batch.")] = 1,
-    provider: Annotated[
-        Literal["auto", "cpu", "cuda", "directml", "webgpu"], typer.Option(help="Where to run.")
-    ] = "auto",
+    provider: Provider = "auto",
     threads: Threads = "auto",
     context_overflow: Annotated[
         Literal["slide", "stop"] | None,

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from pico_edge.errors import PicoEdgeError
-from pico_edge.terminal import Debug, Json, Quiet, Signals, Threads, folded, print_json, say, write
+from pico_edge.terminal import (
+    Debug,
+    Json,
+    Provider,
+    Quiet,
+    Signals,
+    Threads,
+    folded,
+    print_json,
+    say,
+    write,
+)
 
 INDENT = 21  # of what a check says
 
 
 def verify(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model.onnx made by export.")],
-    provider: Annotated[
-        Literal["auto", "cpu", "cuda", "directml"], typer.Option(help="Where to run.")
-    ] = "auto",
+    provider: Provider = "auto",
     threads: Threads = "auto",
     json_: Json = False,
     quiet: Quiet = False,

@@ -33,7 +33,7 @@ def main() -> None:
         train([text], TrainSettings(out=out, max_iters=2000, preset="nano", **shape))
         save_checkpoint(out, dataclasses.replace(load_checkpoint(out), ngrams=None))
         export(out, HERE / "tiny_fp32.onnx", force=True)
-        quantize.SHORT_CONTEXT = 0  # the int8 cache of longer contexts, which is harder to get right
+        quantize.SHORT_CONTEXT = 0  # an int8 cache, as longer contexts have it
         export(out, HERE / "tiny.onnx", quantize=True, force=True)
         export(out, HERE / "tiny_int4.onnx", bits=4, max_loss_increase=2, force=True)
 

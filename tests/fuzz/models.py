@@ -28,7 +28,8 @@ import numpy as np
 import onnx
 
 from pico_edge.errors import ArtefactError, PicoEdgeError
-from pico_edge.runtime.session import ORT_ERRORS, Session
+from pico_edge.runtime.cache import ORT_ERRORS
+from pico_edge.runtime.session import Session
 
 LIMIT_S = 20  # of one mutant
 MEMORY_BYTES = 6 << 30

@@ -10,7 +10,7 @@ from scipy import stats
 from pico_edge.errors import UsageError
 from pico_edge.runtime import Model
 from pico_edge.runtime import speculate as module
-from pico_edge.runtime.session import Cache
+from pico_edge.runtime.cache import Cache
 from pico_edge.runtime.speculate import Drafter, Speculation
 
 DATA = Path(__file__).parents[1] / "data"

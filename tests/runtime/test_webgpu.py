@@ -18,7 +18,9 @@ from onnx import TensorProto, helper
 
 from pico_edge.errors import PicoEdgeError, UsageError
 from pico_edge.runtime import Model
+from pico_edge.runtime.bench import measure
 from pico_edge.runtime.session import Session
+from pico_edge.runtime.verify import verify
 
 DATA = Path(__file__).parents[1] / "data"
 FILE = DATA / "tiny_fp32.onnx"
@@ -112,6 +114,18 @@ def test_wrong_calls_change_nothing(model):
     cache.prefill([[1]])
     with pytest.raises(ValueError, match="empty cache"):
         cache.prefill([[1]])
+
+
+def test_the_file_answers_as_it_did_at_export(model):
+    report = verify(FILE, provider="webgpu")
+    assert [check["name"] for check in report["checks"] if not check["ok"]] == []
+    assert report["provider"] == "webgpu"
+
+
+def test_bench_measures_it(model):
+    found = measure(FILE, provider="webgpu", prompt_tokens=8, new_tokens=4, repeats=1)
+    assert found["provider"] == "webgpu"
+    assert found["decode_tokens_per_second"]["mean"] > 0
 
 
 def test_a_batch_is_refused(model):
