@@ -1,0 +1,436 @@
+"""Keys and values of one generation, and the calls that read and extend them in place.
+
+Knows ids and logits, not text or sampling. Shapes: B batch, S new tokens of a call, H n_head,
+K capacity, D head_dim, V vocab_size.
+
+Try: `Session("model.onnx").new_cache().prefill([[72, 105]])` -> logits (1, V) of the next token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import perf_counter as clock
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pico_edge import artefact
+from pico_edge.errors import PicoEdgeError, UsageError
+from pico_edge.runtime.installed import import_onnxruntime
+
+if TYPE_CHECKING:
+    from pico_edge.runtime.session import Session
+
+ort = import_onnxruntime()
+
+FloatArray = npt.NDArray[np.floating[Any]]
+IntArray = npt.NDArray[np.int32]
+Ids = Sequence[int] | npt.NDArray[np.integer[Any]]
+
+_Errors = ort.capi.onnxruntime_pybind11_state
+# onnxruntime's exceptions have no base class of their own.
+ORT_ERRORS = (
+    _Errors.EPFail,
+    _Errors.EngineError,
+    _Errors.Fail,
+    _Errors.InvalidArgument,
+    _Errors.InvalidGraph,
+    _Errors.InvalidProtobuf,
+    _Errors.NoModel,
+    _Errors.NoSuchFile,
+    _Errors.NotImplemented,
+    _Errors.RuntimeException,
+)
+# With bound memory it raises RuntimeError, whatever is wrong, or cannot decode its own message.
+RUN_ERRORS = (*ORT_ERRORS, RuntimeError, UnicodeDecodeError)
+
+
+class Cache:
+    """Keys and values of one generation, B rows of up to K tokens, updated in place by every call.
+
+    `lengths`: valid tokens of each of the B rows. A row holds at most block_size tokens, since
+    positions are learned; when it is full the caller truncates or prefills again. Not thread-safe;
+    several caches of one Session are independent.
+    """
+
+    def __init__(
+        self, session: Session, batch: int, capacity: int, ort_session: Any = None
+    ) -> None:
+        """ort_session: one of the session's, instead of the one its pace chooses."""
+        config = session.config
+        if batch < 1:
+            raise UsageError(f"batch is {batch}: expected 1 or more")
+        if not 1 <= capacity <= config.block_size:
+            raise UsageError(
+                f"capacity is {capacity}: expected 1 to block_size, {config.block_size} tokens"
+            )
+        self.session = session
+        self._pace = session.pace if ort_session is None else None
+        self._threads = session.threads
+        self._ort = ort_session or session.with_threads(self._threads)
+        self.batch = batch
+        self.capacity = capacity
+        self.lengths = [0] * batch
+        self._vocab_size = config.vocab_size
+        self._history: list[list[int]] | None = None  # what append replays where it cannot append
+        if not session.appends:
+            self._history = [[] for _ in range(batch)]
+        self._past_names = artefact.past_names(config.n_layer)
+        self._present_names = artefact.present_names(config.n_layer)
+        shape = (batch, config.n_head, capacity, config.head_dim)
+        # Zeros, not garbage: a NaN in a place that is masked out would still poison the sum.
+        self._arrays = [np.zeros(shape, session.cache_dtype) for _ in self._past_names]
+        self._values = [
+            ort.OrtValue.ortvalue_from_numpy(array, session.device) for array in self._arrays
+        ]
+        if session.device != "cpu":
+            self._arrays = []  # the values are copies on the device
+        self._row_bytes = int(np.prod(shape[1:])) * session.cache_dtype.itemsize
+        self._row_shape = (1, *shape[1:])
+        self._row_bindings: dict[int, Any] = {}
+        self._binding: Any = None  # of all rows, for prompts and for decode
+        self._verifications: dict[int, _Verification] = {}  # by number of tokens
+        self._bind_decode()
+
+    def _bind_decode(self) -> None:
+        """Make the inputs of `decode`, one token per row, written in place at every step."""
+        session, batch = self.session, self.batch
+        self._bound_to_decode = False  # the small inputs and logits of _binding are those of decode
+        self._ids = np.zeros(batch, np.int64)
+        self._positions = np.zeros(batch, np.int64)
+        self._total = np.zeros((), np.int32)
+        self._logits: FloatArray = np.zeros((batch, self._vocab_size), session.logits_dtype)
+        self._seqlens = np.zeros(batch, np.int32)
+        rows = np.arange(batch, dtype=np.int64)
+        self._decode_inputs = _small_inputs(
+            self._ids[:, None], self._positions[:, None], self._seqlens, self._total, rows
+        )
+        self._decode_output = ort.OrtValue.ortvalue_from_numpy(self._logits)
+
+    def prefill(self, rows: Sequence[Ids]) -> FloatArray:
+        """Put one prompt into each row of an empty cache; logits (B, V) of each row's last token.
+
+        rows: B prompts of 1 to K ids, lengths may differ. Raises ValueError if the cache is not
+        empty or the rows do not fit.
+        """
+        if len(rows) != self.batch:
+            raise ValueError(f"{len(rows)} rows: the cache has {self.batch}")
+        if any(self.lengths):
+            raise ValueError("prefill needs an empty cache: call reset first")
+        logits = self._run_prompts(rows, [[len(row) - 1] for row in rows])
+        self.lengths[:] = [len(row) for row in rows]
+        if self._history is not None:
+            self._history = [[int(i) for i in row] for row in rows]
+        return logits
+
+    def append(self, row: int, ids: Ids, *, all_logits: bool = False) -> FloatArray:
+        """Add ids to one row, at any length of it; logits (1, V) of the last id, or (S, V) of all.
+
+        Raises ValueError if the row cannot take them.
+        """
+        if not 0 <= row < self.batch:
+            raise ValueError(f"row {row}: the cache has {self.batch}")
+        past, n = self.lengths[row], len(ids)
+        if past + n > self.capacity:
+            raise ValueError(f"{past} + {n} tokens: the cache holds {self.capacity}")
+        wanted = list(range(n)) if all_logits else [n - 1]
+        if self._history is not None and past and n > 1:
+            return self._replay(row, ids, wanted)
+        chunk = self._checked([ids])
+        logits: FloatArray = np.empty((len(wanted), self._vocab_size), self.session.logits_dtype)
+        self._run(
+            self._row_binding(row),
+            _small_inputs(
+                chunk,
+                np.arange(past, past + n, dtype=np.int64)[None],  # (1, S)
+                np.array([past + n - 1], np.int32),
+                np.array(past + n, np.int32),
+                np.array(wanted, np.int64),
+            ),
+            logits,
+        )
+        self.lengths[row] += n
+        if self._history is not None:
+            self._history[row] += [int(i) for i in ids]
+        return logits
+
+    def decode(self, token_ids: Ids) -> FloatArray:
+        """Add one token to each row; logits (B, V).
+
+        token_ids: (B,), rows may have different lengths. Raises ValueError when a row is full.
+        NOTE: the logits are the same array at every call, valid until the next.
+        """
+        lengths = self.lengths
+        longest = max(lengths)
+        if longest >= self.capacity:
+            # onnxruntime would grow the output, or fail, by the kernel it chose.
+            raise ValueError(f"{longest} + 1 tokens: the cache holds {self.capacity}")
+        # The valid length after the step, minus one, is the length before it.
+        if (
+            self.batch == 1
+        ):  # the usual case: three stores into a place cost a fifth of three slices
+            self._ids[0], self._positions[0], self._seqlens[0] = token_ids[0], longest, longest
+        else:
+            self._ids[:], self._positions[:], self._seqlens[:] = token_ids, lengths, lengths
+        self._total[()] = longest + 1
+        binding = self._binding
+        if not self._bound_to_decode:
+            binding = self._whole_binding()
+            _bind_inputs(binding, self._decode_inputs)
+            binding.bind_ortvalue_output(artefact.LOGITS, self._decode_output)
+            self._bound_to_decode = True
+        elif self.session.device != "cpu":
+            _bind_inputs(binding, self._decode_inputs)  # off the CPU, binding is what copies them
+        self._run_paced(binding)
+        if self.session.device != "cpu":
+            binding.synchronize_outputs()
+        for row in range(self.batch):
+            lengths[row] += 1
+        if self._history is not None:
+            for history, token_id in zip(self._history, token_ids, strict=True):
+                history.append(int(token_id))
+        return self._logits
+
+    def verify(self, ids: Ids) -> FloatArray:
+        """`append` with all logits (S, V) to the one row of a cache of batch 1, bound once for each
+        S: its cost is that of the kernels alone, 20 us less than `append` takes.
+
+        ids must be below vocab_size. Raises ValueError if the row cannot take them.
+        NOTE: the logits are valid until the next call of the same S.
+        """
+        n, past = len(ids), self.lengths[0]
+        if self.batch != 1 or past + n > self.capacity:
+            raise ValueError(
+                f"{past} + {n} tokens, batch {self.batch}: the cache holds {self.capacity}, batch 1"
+            )
+        if self._history is not None or self.session.device != "cpu":  # binding is what copies
+            return self.append(0, ids, all_logits=True)
+        if n not in self._verifications:
+            self._verifications[n] = _Verification(self, n)
+        bound = self._verifications[n]
+        bound.ids[0] = ids
+        np.add(bound.steps, past, out=bound.positions)
+        bound.seqlens[0] = past + n - 1
+        bound.total[()] = past + n
+        self._run_paced(bound.binding)
+        self.lengths[0] += n
+        return bound.logits
+
+    def _run_paced(self, binding: Any) -> None:
+        """Run, and where the number of threads may change, say how long it took."""
+        pace = self._pace
+        if pace is None:
+            self._call(binding)
+            return
+        started = clock()
+        self._call(binding)
+        pace.record(clock() - started, self._threads)
+        if pace.threads != self._threads:
+            self._change_threads(pace.threads)
+
+    def _call(self, binding: Any) -> None:
+        """Raises PicoEdgeError when onnxruntime fails."""
+        lock = self.session.one_at_a_time
+        try:
+            if lock is None:
+                self._ort.run_with_iobinding(binding)
+            else:
+                with lock:
+                    self._ort.run_with_iobinding(binding)
+        except RUN_ERRORS as error:
+            reason = str(error).splitlines()[0]
+            raise PicoEdgeError(
+                f"{self.session.path}: onnxruntime {ort.__version__} failed on "
+                f"{self.session.provider}: {reason}: check the file with pico-edge verify"
+            ) from error
+
+    def _change_threads(self, threads: int) -> None:
+        """Go on with another session of the same weights: the logits stay the same, to the bit."""
+        try:
+            self._ort = self.session.with_threads(threads)
+        except PicoEdgeError:
+            self._pace = self.session.pace = None  # no memory for it, or a new file: as before
+            return
+        self._threads = threads
+        self._binding, self._row_bindings, self._bound_to_decode = None, {}, False
+        self._verifications = {}
+
+    def truncate(self, row: int, length: int) -> None:
+        """Forget all but the first `length` tokens of a row."""
+        if not 0 <= length <= self.lengths[row]:
+            raise ValueError(f"length {length}: row {row} holds {self.lengths[row]} tokens")
+        self.lengths[row] = length
+        if self._history is not None:
+            del self._history[row][length:]
+
+    def keep_rows(self, rows: Sequence[int]) -> list[int]:
+        """Drop all rows but these, given in ascending order; where each of them is now.
+
+        On the CPU they move to the front and the batch shrinks. On a device the memory stays as it
+        is: dropped rows are emptied, and `decode` still wants a token for each.
+        Raises ValueError for rows that are not there, or out of order.
+        """
+        rows = list(rows)
+        if not rows or rows != sorted(set(rows)) or rows[0] < 0 or rows[-1] >= self.batch:
+            raise ValueError(f"rows {rows}: expected some of 0 to {self.batch - 1}, ascending")
+        if self.session.device != "cpu":
+            for row in set(range(self.batch)) - set(rows):
+                self.truncate(row, 0)
+            return rows
+        for array in self._arrays:
+            for to, row in enumerate(rows):
+                if to != row:
+                    n = self.lengths[row]
+                    array[to, :, :n] = array[row, :, :n]
+        self.batch = len(rows)
+        self.lengths = [self.lengths[row] for row in rows]
+        if self._history is not None:
+            self._history = [self._history[row] for row in rows]
+        self._arrays = [array[: self.batch] for array in self._arrays]
+        self._values = [
+            ort.OrtValue.ortvalue_from_numpy(array, self.session.device) for array in self._arrays
+        ]
+        self._row_bindings, self._verifications = {}, {}
+        self._binding = None
+        self._bind_decode()
+        return list(range(self.batch))
+
+    def reset(self) -> None:
+        """Forget everything; the memory is used again."""
+        for row in range(self.batch):
+            self.truncate(row, 0)
+
+    def _checked(self, rows: Sequence[Ids]) -> npt.NDArray[np.int64]:
+        """Rows of ids, right-padded with 0 to the longest: (B, S)."""
+        longest = max(len(row) for row in rows)
+        ids = np.zeros((len(rows), longest), np.int64)
+        for i, row in enumerate(rows):
+            if not 1 <= len(row) <= self.capacity:
+                raise ValueError(f"row {i} has {len(row)} tokens: expected 1 to {self.capacity}")
+            ids[i, : len(row)] = row
+        if ids.min() < 0 or ids.max() >= self._vocab_size:
+            raise ValueError(
+                f"token ids {ids.min()} to {ids.max()}: expected 0 to {self._vocab_size - 1}"
+            )
+        return ids
+
+    def _run_prompts(self, rows: Sequence[Ids], wanted: Sequence[Sequence[int]]) -> FloatArray:
+        """All rows from position 0 in one call; logits of the wanted places, row after row."""
+        ids = self._checked(rows)
+        S = ids.shape[1]
+        out_index = [b * S + s for b, places in enumerate(wanted) for s in places]
+        logits: FloatArray = np.empty((len(out_index), self._vocab_size), self.session.logits_dtype)
+        self._run(
+            self._whole_binding(),
+            _small_inputs(
+                ids,
+                np.tile(np.arange(S, dtype=np.int64), (self.batch, 1)),  # (B, S)
+                np.array([len(row) - 1 for row in rows], np.int32),
+                np.array(S, np.int32),
+                np.array(out_index, np.int64),
+            ),
+            logits,
+        )
+        return logits
+
+    def _replay(self, row: int, ids: Ids, wanted: Sequence[int]) -> FloatArray:
+        """`append` where a kernel cannot: the tokens of all rows again, from position 0."""
+        assert self._history is not None
+        past = len(self._history[row])
+        rows = [list(history) for history in self._history]
+        rows[row] += [int(i) for i in ids]
+        places: list[list[int]] = [[] for _ in rows]
+        places[row] = [past + i for i in wanted]
+        # An empty row needs a token to be run; it stays empty, the token is overwritten later.
+        logits = self._run_prompts([tokens or [0] for tokens in rows], places)
+        self._history = rows
+        self.lengths[row] += len(ids)
+        return logits
+
+    def _run(self, binding: Any, inputs: dict[str, Any], logits: FloatArray) -> None:
+        if binding is self._binding:
+            self._bound_to_decode = False
+        _bind_inputs(binding, inputs)
+        output = ort.OrtValue.ortvalue_from_numpy(logits)
+        binding.bind_ortvalue_output(artefact.LOGITS, output)
+        self._call(binding)
+        if self.session.device != "cpu":
+            binding.synchronize_outputs()
+
+    def _whole_binding(self) -> Any:
+        """The binding with the memory of all rows; one, since making it takes 50 us."""
+        if self._binding is None:
+            self._binding = self._bind_caches(self._ort.io_binding(), None)
+        return self._binding
+
+    def _row_binding(self, row: int) -> Any:
+        """A binding with the memory of one row as a cache of batch 1."""
+        if self.batch == 1:
+            return self._whole_binding()
+        if row not in self._row_bindings:
+            self._row_bindings[row] = self._bind_caches(self._ort.io_binding(), row)
+        return self._row_bindings[row]
+
+    def _bind_caches(self, binding: Any, row: int | None) -> Any:
+        """Bind the cache, whole or one row of it, as past and as present: the same memory."""
+        session = self.session
+        for i, (past, present) in enumerate(
+            zip(self._past_names, self._present_names, strict=True)
+        ):
+            if row is None:
+                binding.bind_ortvalue_input(past, self._values[i])
+                binding.bind_ortvalue_output(present, self._values[i])
+            elif session.device == "cpu":
+                value = ort.OrtValue.ortvalue_from_numpy(self._arrays[i][row : row + 1])
+                binding.bind_ortvalue_input(past, value)
+                binding.bind_ortvalue_output(present, value)
+            else:
+                place = self._values[i].data_ptr() + row * self._row_bytes
+                where = (session.device, 0, session.cache_dtype.type, self._row_shape, place)
+                binding.bind_input(past, *where)
+                binding.bind_output(present, *where)
+        return binding
+
+
+class _Verification:
+    """The arrays of `Cache.verify` for n tokens, and the binding that shares their memory."""
+
+    def __init__(self, cache: Cache, n: int) -> None:
+        session = cache.session
+        self.ids = np.zeros((1, n), np.int64)
+        self.steps = np.arange(n, dtype=np.int64)[None]
+        self.positions = np.zeros((1, n), np.int64)
+        self.seqlens = np.zeros(1, np.int32)
+        self.total = np.zeros((), np.int32)
+        self.logits: FloatArray = np.zeros((n, session.config.vocab_size), session.logits_dtype)
+        self._inputs = _small_inputs(
+            self.ids, self.positions, self.seqlens, self.total, np.arange(n, dtype=np.int64)
+        )
+        self._output = ort.OrtValue.ortvalue_from_numpy(self.logits)
+        self.binding = cache._bind_caches(cache._ort.io_binding(), None)
+        _bind_inputs(self.binding, self._inputs)
+        self.binding.bind_ortvalue_output(artefact.LOGITS, self._output)
+
+
+def _small_inputs(
+    ids: npt.NDArray[np.int64],
+    positions: npt.NDArray[np.int64],
+    seqlens: IntArray,
+    total: npt.NDArray[np.int32],
+    out_index: npt.NDArray[np.int64],
+) -> dict[str, Any]:
+    """OrtValues that share the memory of the arrays, by input name."""
+    arrays = {
+        artefact.INPUT_IDS: ids,
+        artefact.POSITION_IDS: positions,
+        artefact.SEQLENS_K: seqlens,
+        artefact.TOTAL_SEQ_LEN: total,
+        artefact.OUT_INDEX: out_index,
+    }
+    return {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
+
+
+def _bind_inputs(binding: Any, inputs: dict[str, Any]) -> None:
+    for name, value in inputs.items():
+        binding.bind_ortvalue_input(name, value)
