@@ -20,8 +20,10 @@ slower kernel), skip `Gemm`, and store the tied table twice.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -30,6 +32,8 @@ from pico_edge.config import GPTConfig
 from pico_edge.export.blocks import quantize_matrix
 from pico_edge.export.calibrate import Statistics
 from pico_edge.export.graph import array, drop_unused, initializer, replace
+
+FloatArray = npt.NDArray[np.floating[Any]]
 
 # Largest first: a scale per 128 weights is the fastest kernel and costs 3 % of size at 8 bits. The
 # block must divide the rows' length: DirectML requires it, and a partial block would waste the
@@ -198,25 +202,44 @@ def _replace_by_rows(
         shift = initializer(graph, "gelu_shift", np.array(GELU_MIN, np.float32))
         step = initializer(graph, "gelu_step", np.array(1 / 255, np.float32))
         zero = initializer(graph, "gelu_zero", np.array(0, np.uint8))
-        reach = add("Add", add("ReduceMax", x, last_axis, keepdims=1), shift)  # (B, S, 1)
-        unit = add("Div", add("Add", x, shift), reach)  # 0 to 1
+        x = add("Add", x, shift)  # not negative
+        reach = add("ReduceMax", x, last_axis, keepdims=1)  # (B, S, 1)
     else:
-        least = initializer(graph, "row_least", np.array(1e-12, np.float32))  # a row of zeros
         step = initializer(graph, "row_step", np.array(1 / 127, np.float32))
         zero = initializer(graph, "row_zero", np.array(128, np.uint8))
-        reach = add("Add", add("ReduceMax", add("Abs", x), last_axis, keepdims=1), least)
-        unit = add("Div", x, reach)  # -1 to 1
-    quantized = add("QuantizeLinear", unit, step, zero)
+        reach = add("ReduceMax", add("Abs", x), last_axis, keepdims=1)
+    # In a row of zeros 0 / 0: whatever code that becomes, it is multiplied by the reach, 0.
+    quantized = add("QuantizeLinear", add("Div", x, reach), step, zero)
     product = add(
         "MatMulIntegerToFloat",
         *(quantized, matrix, step, factors, zero),
         domain="com.microsoft",
     )
-    y = add("Mul", product, reach)
+    add("Mul", product, reach)
     if after_gelu:
-        unshift = (-GELU_MIN * restored.sum(1)).to(torch.float32)
-        add("Add", y, initializer(graph, f"{name}.unshift", unshift.numpy()))
+        _add_to_bias(graph, node, f"{name}.unshift", (-GELU_MIN * restored.sum(1)).numpy(), nodes)
     replace(graph, node, nodes)
+
+
+def _add_to_bias(
+    graph: ir.Graph, node: ir.Node, name: str, values: FloatArray, nodes: list[ir.Node]
+) -> None:
+    """Add values (N) to the bias that the result of a matrix gets: no node of its own.
+
+    Where there is none, a node is put at the end of `nodes`, which will take the node's place.
+    """
+    ((user, _),) = node.outputs[0].uses()
+    at = 4 if user.op_type == "SkipLayerNormalization" else 1
+    bias = user.inputs[at] if len(user.inputs) > at else None
+    if bias is not None and bias.is_initializer():
+        total = initializer(graph, name, (array(bias) + values).astype(np.float32))
+        user.replace_input_with(at, total)
+    elif at == 4:
+        user.resize_inputs(5)
+        user.replace_input_with(4, initializer(graph, name, values.astype(np.float32)))
+    else:
+        value = initializer(graph, name, values.astype(np.float32))
+        nodes.append(ir.node("Add", [nodes[-1].outputs[0], value]))
 
 
 def _replace_gather(graph: ir.Graph, node: ir.Node, blocks: ir.Value, scales: ir.Value) -> None:

@@ -23,6 +23,7 @@ from pico_edge.export.quantize import Plan, choose_plan, quantize_graph
 from pico_edge.export.trace import trace
 from pico_edge.train.model import GPT
 
+PACKED_BELOW = 512  # channels: see _pack_queries
 FLOAT16_MAX = float(np.finfo(np.float16).max)
 
 
@@ -130,10 +131,31 @@ def adapt(model: ir.Model, target: Target) -> None:
     if target.half:
         to_half(model)
         _give_gather_zero_points(model)
+    if target.name == "cpu":
+        _pack_queries(model)
     if target.name == "directml":
         _give_matmul_zero_points(model)
         _spell_out_gather(model)
         drop_unused(model.graph)
+
+
+def _pack_queries(model: ir.Model) -> None:
+    """Queries, keys and values of narrow models go into GroupQueryAttention as one: no Split.
+
+    Steps of 4 x 128 take 11 % less time, of 4 x 256 5 %, of 6 x 384 4 %; of 12 x 768 0 to 3 % more.
+    """
+    graph = model.graph
+    width = array(graph.initializers["transformer.wpe.weight"]).shape[1]
+    if width >= PACKED_BELOW:
+        return
+    for node in [node for node in graph if node.op_type == "GroupQueryAttention"]:
+        query = node.inputs[0]
+        assert query is not None
+        split = query.producer()
+        assert split is not None and split.op_type == "Split"
+        for i, value in enumerate((split.inputs[0], None, None)):
+            node.replace_input_with(i, value)
+        graph.remove(split, safe=True)
 
 
 def kernel_report(model: ir.Model, target: Target) -> dict[str, dict[str, object]]:

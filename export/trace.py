@@ -59,18 +59,29 @@ def _group_query_attention(
     )
 
 
-def _skip_layer_norm(x: Tensor, delta: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """norm(x + delta) and x + delta, both (B, S, C): not fused by onnxruntime for pre-norm."""
+def _add_and_norm(
+    x: Tensor, delta: Tensor, norm: nn.LayerNorm, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """norm(x + delta + bias) and that sum, both (B, S, C): not fused by onnxruntime for pre-norm.
+
+    bias: of the linear layer that delta comes from; here it costs no node of its own.
+    """
     b, s, _ = x.shape
+    inputs = (x, delta, norm.weight, _bias(norm))
     y, _, _, total = torch.onnx.ops.symbolic_multi_out(
         "com.microsoft::SkipLayerNormalization",
-        (x, delta, norm.weight, _bias(norm)),
+        inputs if bias is None else (*inputs, bias),
         {"epsilon": norm.eps},
         dtypes=(x.dtype, torch.float32, torch.float32, x.dtype),
         shapes=(x.shape, (b, s, 1), (b, s, 1), x.shape),
         version=1,
     )
     return y, total
+
+
+def _without_bias(linear: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The layer's product, and its bias."""
+    return nn.functional.linear(x, linear.weight), linear.bias
 
 
 def _bias(norm: nn.LayerNorm) -> Tensor:
@@ -104,8 +115,8 @@ class _TracedGPT(nn.Module):
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         config, parts = self.model.config, self.model.transformer
         blocks = cast("list[Block]", list(parts.h))
-        x = parts.wte(input_ids) + parts.wpe(position_ids)  # (B, S, C)
-        y = blocks[0].ln_1(x)
+        norms = [*(block.ln_1 for block in blocks[1:]), parts.ln_f]
+        y, x = _add_and_norm(parts.wte(input_ids), parts.wpe(position_ids), blocks[0].ln_1)
         present = []
         for i, block in enumerate(blocks):
             q, k, v = block.attn.c_attn(y).split(config.n_embd, dim=-1)
@@ -113,12 +124,12 @@ class _TracedGPT(nn.Module):
                 q, k, v, *past[i], seqlens_k, total_seq_len, config.n_head
             )
             present.append((key, value))
-            y, x = _skip_layer_norm(x, block.attn.c_proj(a), block.ln_2)
-            delta = block.mlp.c_proj(_gelu(block.mlp.c_fc(y), config.gelu))
-            if i + 1 < config.n_layer:
-                y, x = _skip_layer_norm(x, delta, blocks[i + 1].ln_1)
-        rows = (x + delta).reshape(-1, config.n_embd).index_select(0, out_index)  # (N, C)
-        return self.model.lm_head(parts.ln_f(rows)), present
+            delta, bias = _without_bias(block.attn.c_proj, a)
+            y, x = _add_and_norm(x, delta, block.ln_2, bias)
+            delta, bias = _without_bias(block.mlp.c_proj, _gelu(block.mlp.c_fc(y), config.gelu))
+            y, x = _add_and_norm(x, delta, norms[i], bias)
+        rows = y.reshape(-1, config.n_embd).index_select(0, out_index)  # (N, C)
+        return self.model.lm_head(rows), present
 
 
 def trace(model: GPT) -> ir.Model:

@@ -217,12 +217,11 @@ def test_every_node_has_a_kernel(name: str, quantize: bool, gelu: str, model: GP
 def test_the_tables_know_what_is_missing(model: GPT) -> None:
     fp32 = _graph(model, "cpu", False)
     assert kernels.missing_kernels(fp32, "cuda") == [
-        "GroupQueryAttention(f32 f32 f32 f32 f32 i32 i32): no kernel for T=f32, T_CACHE=f32"
+        "GroupQueryAttention(f32 - - f32 f32 i32 i32): no kernel for T=f32, T_CACHE=f32"
     ]
     assert kernels.missing_kernels(_graph(model, "cpu", True), "directml") == [
         "GatherBlockQuantized(u8 i64 f32): no kernel",
-        "GroupQueryAttention(f32 f32 f32 i8 i8 i32 i32 - - - - - f32 f32): "
-        "no kernel for T_CACHE=i8",
+        "GroupQueryAttention(f32 - - i8 i8 i32 i32 - - - - - f32 f32): no kernel for T_CACHE=i8",
         "MatMulNBits(f32 u8 f32): needs zero points, and no bias",
     ]
     assert "DynamicQuantizeMatMul(f32 i8 f32): no kernel" in kernels.missing_kernels(
