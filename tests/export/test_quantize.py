@@ -89,6 +89,26 @@ def test_a_narrow_model_of_a_short_context_keeps_its_cache_in_float32(
     assert read_model_file(path).metadata[artefact.EXPORT_KEY]["cache"] == "float32"
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_codes_after_gelu_are_shifted_back_by_the_next_bias(
+    bias: bool,
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where the model has none: the shift then becomes the bias."""
+    monkeypatch.setattr(quantize, "ROWS_MIN_WIDTH", 32)
+    config = GPTConfig(block_size=64, vocab_size=272, n_layer=2, n_head=2, n_embd=32, bias=bias)
+    checkpoint = make_checkpoint(config)
+    wide = Session(export(checkpoint, tmp_path / "wide.onnx", quantize=True)["file"], threads=1)
+    fp32 = Session(export(checkpoint, tmp_path / "fp32.onnx")["file"], threads=1)
+    ids = list(b"Identifiers are used as names, and keywords are reserved.")
+    found, expected = (
+        session.new_cache().append(0, ids, all_logits=True) for session in (wide, fp32)
+    )
+    np.testing.assert_allclose(found, expected, rtol=0, atol=0.02 * np.abs(expected).max())
+
+
 def test_the_plan_follows_the_shape_alone() -> None:
     narrow, wide = GPTConfig(n_layer=2, n_head=6, n_embd=384), GPTConfig(n_layer=2)
     assert set(choose_plan(narrow, 8).forms.values()) == {"int8"}
