@@ -41,6 +41,7 @@ RUN = TrainSettings(
     eval_interval=6,
     eval_iters=2,
     threads=1,
+    dtype="float32",  # timed anew, a busy machine may choose another
 )
 KILLS, PARTS = 200, 4
 LONGEST_LIFE_S = 0.9
