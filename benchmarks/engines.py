@@ -178,6 +178,45 @@ def convert_optimum_onnx(hf: Path, out: Path, precision: str) -> list[Path]:
     return [out / "model_int8.onnx"]
 
 
+def convert_genai(hf: Path, out: Path, precision: str) -> list[Path]:
+    """Our portable export and the configuration it needs: its model builder knows no GPT-2."""
+    config = json.loads((hf / "config.json").read_text())
+    place = out / precision
+    place.mkdir(exist_ok=True)
+    path = place / "model.onnx"
+    path.unlink(missing_ok=True)
+    os.link(hf.parent / "portable" / f"{precision}.onnx", path)
+    decoder = {
+        "filename": path.name,
+        "hidden_size": config["n_embd"],
+        "head_size": config["n_embd"] // config["n_head"],
+        "num_attention_heads": config["n_head"],
+        "num_key_value_heads": config["n_head"],
+        "num_hidden_layers": config["n_layer"],
+        "session_options": {"provider_options": []},
+        "inputs": {
+            **{name: name for name in ("input_ids", "attention_mask", "position_ids")},
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+    }
+    model = {
+        "type": "decoder",
+        "vocab_size": config["vocab_size"],
+        "context_length": config["n_positions"],
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), config["eos_token_id"]),
+        "decoder": decoder,
+    }
+    search = {"max_length": config["n_positions"], "past_present_share_buffer": False}
+    (place / "genai_config.json").write_text(json.dumps({"model": model, "search": search}))
+    return [path]
+
+
 def _optimum(kind: str, *flags: str, hf: Path, out: Path) -> None:
     command = Path(sys.executable).with_name("optimum-cli")
     task = ["--task", "text-generation-with-past"]
@@ -432,6 +471,34 @@ class OptimumOnnx:
         return self._run(ids)
 
 
+class GenAI:
+    """onnxruntime-genai, token by token: its generator without its sampler."""
+
+    def __init__(self, files: list[Path], precision: str, threads: int, block_size: int) -> None:
+        import onnxruntime_genai
+
+        options = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
+        config = onnxruntime_genai.Config(str(files[0].parent))
+        config.overlay(json.dumps(options))
+        self.new_generator = onnxruntime_genai.Generator
+        self.model = onnxruntime_genai.Model(config)
+        self.params = onnxruntime_genai.GeneratorParams(self.model)
+        self.params.set_search_options(max_length=block_size)
+
+    def prefill(self, ids: Sequence[int]) -> Any:
+        self.generator = self.new_generator(self.model, self.params)
+        self.generator.append_tokens(np.array(ids, np.int32))
+        return self.generator.get_logits()[0, -1]
+
+    def step(self, token: int) -> Any:
+        self.generator.append_tokens(np.array([token], np.int32))
+        return self.generator.get_logits()[0, -1]
+
+    def all_logits(self, ids: Sequence[int]) -> Any:
+        self.prefill(ids)
+        return self.generator.get_output("logits")[0]
+
+
 ENGINES: dict[str, tuple[Callable[..., list[Path]], Any]] = {
     "pico-edge": (convert_ours, Ours),
     "llama.cpp": (convert_llama, Llama),
@@ -439,6 +506,7 @@ ENGINES: dict[str, tuple[Callable[..., list[Path]], Any]] = {
     "openvino": (convert_openvino, OpenVino),
     "transformers": (convert_transformers, Transformers),
     "optimum-onnx": (convert_optimum_onnx, OptimumOnnx),
+    "onnxruntime-genai": (convert_genai, GenAI),
 }
 
 

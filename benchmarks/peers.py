@@ -60,6 +60,7 @@ PACKAGES = {
     "openvino": ("openvino==2026.4.1", "optimum-intel[openvino]==2.2.0", "nncf==3.4.0", TORCH),
     "transformers": ("transformers==5.24.0", TORCH),
     "optimum-onnx": ("optimum-onnx[onnxruntime]==0.1.0", "onnxruntime==1.32.0", TORCH),
+    "onnxruntime-genai": ("onnxruntime-genai==0.18.0", "onnxruntime==1.32.0"),
 }
 # Comes along, is of no use for text, and stops transformers where it was built for another torch.
 UNWANTED = {"openvino": ("torchvision",)}
@@ -70,6 +71,7 @@ VERSION_OF = {
     "openvino": "openvino",
     "transformers": "transformers",
     "optimum-onnx": "optimum-onnx",
+    "onnxruntime-genai": "onnxruntime-genai",
     "pico-edge": "pico-edge",
 }
 
@@ -94,6 +96,8 @@ VARIANTS = {
     ("transformers", "bf16"): "eager",
     ("optimum-onnx", "fp32"): "",
     ("optimum-onnx", "int8"): "quantize_dynamic",
+    ("onnxruntime-genai", "fp32"): "our portable file",
+    ("onnxruntime-genai", "int8"): "our portable file",
 }
 ENGINE_ORDER = list(dict.fromkeys(engine for engine, _ in VARIANTS))
 HELD_OUT_TOKENS = 4096
@@ -172,6 +176,10 @@ def prepare(folder: Path, venvs: Path, name: str, peers: Sequence[str]) -> None:
     for precision, bits in (("fp32", None), ("int8", 8), ("int4", 4)):
         if "pico-edge" in peers and not (ours / f"{precision}.onnx").exists():
             _export(place / "ckpt.pt", ours / f"{precision}.onnx", bits)
+        portable = place / "portable" / f"{precision}.onnx"
+        if "onnxruntime-genai" in peers and bits != 4 and not portable.exists():
+            portable.parent.mkdir(exist_ok=True)
+            _export(place / "ckpt.pt", portable, bits, "portable")
     facts = read_facts(place)
     for engine, precision in VARIANTS:
         if engine not in peers or "bytes" in facts.get(f"{engine} {precision}", {}):
@@ -225,8 +233,8 @@ def _make_checkpoint(place: Path, shape: Shape) -> None:
     save_random(place / "ckpt.pt", config, SimpleTokenizer(), text[:16_000])
 
 
-def _export(checkpoint: Path, out: Path, bits: int | None) -> None:
-    flags = [] if bits is None else ["--bits", str(bits)]
+def _export(checkpoint: Path, out: Path, bits: int | None, target: str = "cpu") -> None:
+    flags = ["--target", target] + ([] if bits is None else ["--bits", str(bits)])
     command = [sys.executable, "-m", "pico_edge", "export", str(checkpoint), "-o", str(out)]
     subprocess.run([*command, *flags, "--max-loss-increase", "1e9"], check=True)
 
