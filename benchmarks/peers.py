@@ -571,7 +571,7 @@ def draw(result: dict[str, Any], image: Path) -> None:
         bars = axes.barh(engines, [best[engine] for engine in engines], color=colors)
         axes.bar_label(bars, fmt="%.0f", fontsize=7)
         axes.set_title(f"{shape.n_layer} x {shape.n_embd}, int8", fontsize=9)
-        axes.set_xmargin(0.25)
+        axes.set_xmargin(0.4)
         axes.set_xlabel("decode, tokens/s", fontsize=8)
         axes.tick_params(labelsize=7)
     figure.savefig(image, dpi=110)
