@@ -55,6 +55,8 @@ MAX_FILE_BYTES = (2 << 30) - (16 << 20)
 SPEED_STEPS = 48
 SPEED_PROMPTS = 5
 SPEED_PROMPT_TOKENS = 128
+# Threads of another session spin for 0.1 s after its last call, on the cores that are measured.
+SETTLE_S = 0.2
 # Fewer tokens than this say too little of how channels go together for error feedback.
 FEEDBACK_TOKENS = 1024
 
@@ -263,6 +265,7 @@ def _check_quality(quality: Comparison, max_loss_increase: float) -> None:
 
 def _speed(session: Session, ids: Sequence[int]) -> dict[str, float]:
     """Tokens per second of single steps after a short prompt, and of a prompt: medians, here."""
+    time.sleep(SETTLE_S)
     cache, steps, prompts = session.new_cache(), [], []
     cache.prefill([ids[: max(1, min(16, cache.capacity // 2))]])
     for token in itertools.islice(itertools.cycle(ids), SPEED_STEPS):
