@@ -77,9 +77,9 @@ def choose_plan(config: GPTConfig, bits: int) -> Plan:
     if bits not in (8, 4):
         raise ValueError(f"bits is {bits}: expected 8 or 4")
     narrow = config.n_embd < ROWS_MIN_WIDTH
-    wide = "int8" if narrow else "rows"
+    eight_bits = "int8" if narrow else "rows"
     forms = {
-        f"transformer.h.{i}.{part}": wide if bits == 8 else _int4_form(config, i, part)
+        f"transformer.h.{i}.{part}": eight_bits if bits == 8 else _int4_form(config, i, part)
         for i in range(config.n_layer)
         for part in MATRICES
     }

@@ -89,6 +89,29 @@ def test_a_narrow_model_of_a_short_context_keeps_its_cache_in_float32(
     assert read_model_file(path).metadata[artefact.EXPORT_KEY]["cache"] == "float32"
 
 
+def test_a_row_of_zeros_gives_zeros_where_rows_are_scaled() -> None:
+    """Its scale is 0: the codes are those of 0 / 0, whatever the kernel makes of that."""
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": 18, "com.microsoft": 1})
+    x = ir.Value(name="x", shape=ir.Shape((3, 32)), type=ir.TensorType(ir.DataType.FLOAT))
+    weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+    w = quantize.initializer(graph, "w", weight.T.numpy())
+    node = ir.node("MatMul", [x, w])
+    y = node.outputs[0]
+    y.name, y.shape, y.type = "y", ir.Shape((3, 16)), ir.TensorType(ir.DataType.FLOAT)
+    graph.inputs.append(x)
+    graph.outputs.append(y)
+    graph.append(node)
+    quantize._replace_by_rows(graph, node, weight, None, after_gelu=False)
+    del graph.initializers["w"]
+    data = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    session = ort.InferenceSession(data, providers=["CPUExecutionProvider"])
+    rows = np.random.default_rng(0).normal(size=(3, 32)).astype(np.float32)
+    rows[1] = 0
+    (found,) = session.run(None, {"x": rows})
+    assert (found[1] == 0).all()
+    np.testing.assert_allclose(found, rows @ weight.T.numpy(), rtol=0, atol=0.2)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_codes_after_gelu_are_shifted_back_by_the_next_bias(
     bias: bool,
