@@ -132,11 +132,46 @@ def adapt(model: ir.Model, target: Target) -> None:
         to_half(model)
         _give_gather_zero_points(model)
     if target.name == "cpu":
+        _split_norms(model)
         _pack_queries(model)
     if target.name == "directml":
         _give_matmul_zero_points(model)
         _spell_out_gather(model)
         drop_unused(model.graph)
+
+
+def _split_norms(model: ir.Model) -> None:
+    """Sums and norms apart: onnxruntime's LayerNormalization is vectorized, its
+    SkipLayerNormalization is not.
+
+    That takes 2.4 us for one row of 384 channels and 250 us for 128 rows; the nodes in its place 1
+    and 40. The last norm comes after the wanted rows are taken: onnxruntime would fuse it again.
+    """
+    graph = model.graph
+    for node in [node for node in graph if node.op_type == "SkipLayerNormalization"]:
+        x, delta, *affine = node.inputs[:4]
+        y, _, _, total = node.outputs
+        sums = []
+        if len(node.inputs) == 5:
+            sums.append(ir.node("Add", [delta, node.inputs[4]]))
+            delta = sums[-1].outputs[0]
+        sums.append(ir.node("Add", [x, delta]))
+        new_total = sums[-1].outputs[0]
+        new_total.type, new_total.shape = y.type, y.shape
+        attributes = {"axis": -1, "epsilon": node.attributes["epsilon"].as_float()}
+        if total.uses():
+            norm = ir.node("LayerNormalization", [new_total, *affine], attributes)
+            ir.convenience.replace_nodes_and_values(
+                graph, node, [node], [*sums, norm], [y, total], [norm.outputs[0], new_total]
+            )
+            continue
+        ir.convenience.replace_nodes_and_values(graph, node, [node], sums, [y], [new_total])
+        ((reshape, _),) = new_total.uses()
+        ((gather, _),) = reshape.outputs[0].uses()
+        assert (reshape.op_type, gather.op_type) == ("Reshape", "Gather"), "rows, then the head"
+        take = ir.node("Gather", gather.inputs, gather.attributes)
+        norm = ir.node("LayerNormalization", [take.outputs[0], *affine], attributes)
+        replace(graph, gather, [take, norm])
 
 
 def _pack_queries(model: ir.Model) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto
@@ -260,3 +262,19 @@ def test_the_metadata_of_kernels_is_plain_json(exported: Exported) -> None:
     said = read_model_file(exported("cuda", False)[0]).metadata[artefact.EXPORT_KEY]
     assert "MatMul(f16 f16): no kernel for T=f16" in said["kernels"]["cpu"]["missing"]
     assert json.loads(json.dumps(said)) == said
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_a_cpu_file_runs_the_vectorized_norm_alone(
+    model: GPT, quantize: bool, tmp_path: Path
+) -> None:
+    """Also after the fusions of onnxruntime, which knows a slower one."""
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    file = ir.to_proto(_graph(model, "cpu", quantize)).SerializeToString()
+    ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    optimized = onnx.load(options.optimized_model_filepath)
+    ops = collections.Counter(node.op_type for node in optimized.graph.node)
+    assert ops["LayerNormalization"] == 2 * model.config.n_layer + 1
+    assert ops["SkipLayerNormalization"] == 0
