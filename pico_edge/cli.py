@@ -108,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     128+n stopped by signal n; 141, silently, when the reader of stdout has gone. An error is one
     line on stderr, with its traceback under --debug; what is not ours is a bug and always shows it.
     """
+    if sys.stderr is None:  # closed: what is said there must not go to stdout, as print would have
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # Text of any language goes to any pipe, also under LANG=C and on Windows.
@@ -167,10 +169,11 @@ def _fail(message: str, code: int, debug: bool) -> int:
 
 
 def _stopped(code: int) -> int:
-    with contextlib.suppress(OSError):
-        if sys.stdout.isatty():
-            sys.stdout.write("\n")
-        sys.stdout.flush()
+    if sys.stdout is not None:
+        with contextlib.suppress(OSError):
+            if sys.stdout.isatty():
+                sys.stdout.write("\n")
+            sys.stdout.flush()
     return code
 
 

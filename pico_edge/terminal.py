@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pico_edge.errors import UsageError
+from pico_edge.errors import PicoEdgeError, UsageError
 
 SIGPIPE = 13  # which Windows does not name
 COLUMNS = 80  # of tables for people
@@ -66,6 +66,8 @@ def require_extra(extra: str, *packages: str) -> None:
 
 def write(text: str) -> None:
     """The product, at once: a reader of the pipe sees each token as it is made."""
+    if sys.stdout is None:
+        raise PicoEdgeError("standard output is closed: expected a terminal, a file or a pipe")
     try:
         sys.stdout.write(text)
         sys.stdout.flush()

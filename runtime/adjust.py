@@ -14,7 +14,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from pico_edge.errors import PicoEdgeError, UsageError
-from pico_edge.runtime.sampling import MAX_LOGIT, Logits, Sampling, check_number, penalize
+from pico_edge.runtime.sampling import (
+    MAX_LOGIT,
+    Logits,
+    Sampling,
+    check_finite,
+    check_number,
+    penalize,
+)
 from pico_edge.tokenizer import Tokenizer
 
 Token = int | str  # an id, or the text of one token
@@ -45,13 +52,17 @@ class Adjuster:
         self._counts = np.zeros(n_vocab, np.int64)
         self._n = sampling.no_repeat_ngram_size
         self._last: tuple[int, ...] = ()  # the n - 1 last tokens, fewer at the start
-        self._followers: dict[tuple[int, ...], list[int]] = {}  # what came after n - 1 tokens
+        self._followers: dict[tuple[int, ...], set[int]] = {}  # what came after n - 1 tokens
         for token_id in ids:
             self._extend(token_id)
 
     def adjust(self, logits: Logits) -> Logits:
-        """A copy of logits (V,) as float32, adjusted. Raises PicoEdgeError if no token is left."""
+        """A copy of logits (V,) as float32, adjusted.
+
+        Raises PicoEdgeError if no token is left, and for logits as `sampling.sample` does.
+        """
         sampling = self._sampling
+        check_finite(float(logits.max()))
         if sampling.penalizes:
             adjusted = penalize(logits, self._seen, self._counts, sampling)
         else:
@@ -61,10 +72,10 @@ class Adjuster:
             adjusted[self._bias_ids] = np.clip(biased, -MAX_LOGIT, MAX_LOGIT)
         adjusted[self._banned] = -np.inf
         if self._n and len(self._last) == self._n - 1:
-            adjusted[self._followers.get(self._last, [])] = -np.inf
+            adjusted[list(self._followers.get(self._last, ()))] = -np.inf
         if self._n_drawn < sampling.min_new_tokens:
             adjusted[self._eot_id] = -np.inf
-        if adjusted.max() == -np.inf and logits.max() > -np.inf:
+        if adjusted.max() == -np.inf:
             raise PicoEdgeError(
                 f"after {self._n_drawn} tokens every token is banned: expected one at least; take "
                 "less of banned_tokens, no_repeat_ngram_size or min_new_tokens"
@@ -82,7 +93,7 @@ class Adjuster:
         if self._n == 0:
             return
         if len(self._last) == self._n - 1:
-            self._followers.setdefault(self._last, []).append(token_id)
+            self._followers.setdefault(self._last, set()).add(token_id)
         self._last = (*self._last, token_id)[-self._n + 1 :] if self._n > 1 else ()
 
 
@@ -136,5 +147,5 @@ def resolve_banned(banned: Sequence[Token] | Token | None, tokenizer: Tokenizer)
     """banned_tokens by id; a single token may stand for a list of one. Raises UsageError."""
     if banned is None:
         return []
-    tokens = [banned] if isinstance(banned, str | int) else list(banned)
+    tokens = banned if isinstance(banned, list | tuple) else [banned]
     return [token_of("banned_tokens", token, tokenizer) for token in tokens]

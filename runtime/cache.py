@@ -46,6 +46,8 @@ ORT_ERRORS = (
 # With bound memory it raises RuntimeError, whatever is wrong, or cannot decode its own message.
 RUN_ERRORS = (*ORT_ERRORS, RuntimeError, UnicodeDecodeError)
 
+NO_MEMORY = ("bad_alloc", "Failed to allocate memory")  # in its words
+
 
 class Cache:
     """Keys and values of one generation, B rows of up to K tokens, updated in place by every call.
@@ -159,7 +161,8 @@ class Cache:
     def decode(self, token_ids: Ids) -> FloatArray:
         """Add one token to each row; logits (B, V).
 
-        token_ids: (B,), rows may have different lengths. Raises ValueError when a row is full.
+        token_ids: (B,), below vocab_size, which is not checked; rows may have different lengths.
+        Raises ValueError when a row is full.
         NOTE: the logits are the same array at every call, valid until the next.
         """
         lengths = self.lengths
@@ -230,7 +233,7 @@ class Cache:
             self._change_threads(pace.threads)
 
     def _call(self, ort_session: Any, binding: Any) -> None:
-        """Raises PicoEdgeError when onnxruntime fails."""
+        """Raises MemoryError for want of memory, PicoEdgeError when onnxruntime fails otherwise."""
         lock = self.session.one_at_a_time
         try:
             if lock is None:
@@ -240,6 +243,8 @@ class Cache:
                     ort_session.run_with_iobinding(binding)
         except RUN_ERRORS as error:
             reason = str(error).splitlines()[0]
+            if any(words in reason for words in NO_MEMORY):
+                raise MemoryError(f"{self.session.path}: {reason}") from error
             raise PicoEdgeError(
                 f"{self.session.path}: onnxruntime {ort.__version__} failed on "
                 f"{self.session.provider}: {reason}: check the file with pico-edge verify"

@@ -13,6 +13,7 @@ import dataclasses
 import numbers
 import os
 import secrets
+import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter as clock
@@ -95,7 +96,8 @@ class Options(TypedDict, total=False):
 
     For a list of prompts, max_new_tokens and seed may be lists of one number per prompt, and stop a
     list of one list of texts per prompt (`[["a"], []]`; `["a", "b"]` are two stops of every
-    prompt). With a list of seeds each row draws as sample 0: its text is that of the prompt alone.
+    prompt). With a list of seeds each row draws as sample 0: its text is that of the prompt alone,
+    but for rounding where two tokens are almost equally likely.
     """
 
     max_new_tokens: int | Sequence[int] | None
@@ -168,7 +170,7 @@ class Model:
         }
         return {
             "file": str(session.path),
-            "bytes": session.path.stat().st_size,
+            "bytes": session.size,
             "provider": session.provider,
             "threads": session.threads,
             **metadata,
@@ -190,6 +192,10 @@ class Model:
         An empty prompt starts from end-of-text. Raises UsageError for an argument, PicoEdgeError
         when the model gives logits that are not finite.
         """
+        if not isinstance(prompt, str | list | tuple):
+            raise UsageError(
+                f"prompt is a {type(prompt).__name__}: expected text, or a list of texts"
+            )
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         texts = self._texts(prompts, options)
         for _ in _run(self.session, texts, options.get("cancel"), self._kept):
@@ -217,7 +223,9 @@ class Model:
     def _texts(self, prompts: Sequence[str], options: Options) -> list[_Text]:
         """Check all arguments before any work is done."""
         given: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
-        given.pop("cancel", None)
+        cancel = given.pop("cancel", None)
+        if cancel is not None and not callable(cancel):
+            raise UsageError(f"cancel is {cancel!r}: expected a function without arguments")
         allow_special = bool(given.pop("allow_special", False))
         n_top = _check_logprobs(given.pop("logprobs", False))
         bias = resolve_bias(given.pop("logit_bias", None), self.tokenizer)
@@ -231,7 +239,7 @@ class Model:
         if seed is None:
             seed = secrets.randbelow(1 << 32)  # short enough to be typed again
         seeds, own_seeds = _per_prompt("seed", seed, len(prompts))
-        for each in seeds:
+        for each in seeds if own_seeds else [seed]:
             check_seed(each)
         lengths, _ = _per_prompt(
             "max_new_tokens",
@@ -275,13 +283,18 @@ def _per_prompt(name: str, value: Any, n: int) -> tuple[list[Any], bool]:
 
 def _stops(stop: Any, n: int) -> list[tuple[str, ...]]:
     """The stops of each prompt: the same for all, or, where `stop` holds a list, one list each."""
-    given = (stop,) if isinstance(stop, str) else tuple(stop)
+    given = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(given, list | tuple):
+        raise UsageError(f"stop is {stop!r}: expected a text, or a list of texts")
     own = any(isinstance(each, list | tuple) for each in given)
     if own and len(given) != n:
         raise UsageError(
             f"stop has {len(given)} entries for {n} prompts: expected texts, or a list per prompt"
         )
     each_given = given if own else [given] * n
+    for row in each_given if own else ():
+        if not isinstance(row, str | list | tuple):
+            raise UsageError(f"stop holds {row!r}: expected a list of texts for each prompt")
     rows = [(row,) if isinstance(row, str) else tuple(row) for row in each_given]
     for row in rows if own else [given]:
         if not all(isinstance(text, str) and text for text in row):
@@ -313,19 +326,25 @@ class Stream:
     ) -> None:
         self._session = session
         self._text = text
-        self._cancel = cancel
-        self._cancelled = False
         self._kept = kept
-        self._pieces = _run(session, [text], self._is_cancelled, kept)
+        self._cancelled = cancelled = threading.Event()
+        # Holds nothing of self: a stream that is left is then freed at once, with its cache.
+        self._pieces = _run(
+            session, [text], lambda: cancelled.is_set() or (cancel is not None and cancel()), kept
+        )
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> str:
-        if self._cancelled and self._text.finish_reason is None:
+        if self._cancelled.is_set() and self._text.finish_reason is None:
             self.close()
-        for _, piece in self._pieces:
-            return piece
+        try:
+            for _, piece in self._pieces:
+                return piece
+        except BaseException:
+            self._text.cache = None  # what it holds is not known
+            raise
         _give_back([self._text], self._kept)
         raise StopIteration
 
@@ -336,7 +355,7 @@ class Stream:
         """
         self._pieces.close()
         if self._text.finish_reason is None:
-            self._text.finish_reason = "cancelled"
+            self._text.end("cancelled")
         _give_back([self._text], self._kept)
 
     def cancel(self) -> None:
@@ -344,16 +363,15 @@ class Stream:
 
         The reader then finds the end of the stream, and "cancelled" in its result.
         """
-        self._cancelled = True
-
-    def _is_cancelled(self) -> bool:
-        return self._cancelled or (self._cancel is not None and self._cancel())
+        self._cancelled.set()
 
     @property
     def result(self) -> Generation:
-        """Raises ValueError before the end."""
+        """Raises ValueError before the end, and after an error until the stream is closed."""
         if self._text.finish_reason is None:
-            raise ValueError("the stream has not ended: read it to the end, or close it")
+            raise ValueError(
+                "the stream has not ended: read it to the end, or close it after an error"
+            )
         return self._text.generation(self._session)
 
 
@@ -402,9 +420,10 @@ def _run(
             if text.finish_reason is not None:
                 ended = True
         if cancel is not None and cancel():
-            for _, _, text in live:
-                text.finish_reason = text.finish_reason or "cancelled"
-            ended = True
+            for _, number, text in live:
+                if text.finish_reason is None and (piece := text.end("cancelled")):
+                    yield number, piece
+            return
         if ended:
             going = [each for each in live if each[2].finish_reason is None]
             if not going:
@@ -552,6 +571,11 @@ class _Text:
             return self._ready(piece)
         self._pieces.append(piece)
         return piece
+
+    def end(self, reason: FinishReason) -> str:
+        """End here; the text that was held back until now."""
+        self.finish_reason = reason
+        return self._ready("")
 
     def _ready(self, piece: str) -> str:
         """What can be shown now that this piece came; notices stops."""

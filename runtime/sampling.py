@@ -24,6 +24,7 @@ Try: `sample(np.log([0.1, 0.7, 0.2]), 0.75, Sampling(temperature=1.0))` -> 2: 0.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 from dataclasses import dataclass
@@ -48,7 +49,8 @@ INFINITY = math.inf
 # Looked up once: see Sampler.draw.
 less_equal, logical_not, exp, accumulate = np.less_equal, np.logical_not, np.exp, np.add.accumulate
 MAX_SEED = (1 << 63) - 1
-MAX_LOGIT = float(np.finfo(np.float32).max)  # of an adjusted one: none becomes infinite
+# Of an adjusted one: its difference to any other is finite in float32, and so are a thousand of it.
+MAX_LOGIT = 1e30
 # Below it logits would overflow; long before, only the largest have any chance.
 MIN_TEMPERATURE = 1e-200
 # Without top-k, the most likely tokens are tried by themselves first, then more, then all; the next
@@ -95,23 +97,28 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "top_k", "no_repeat_ngram_size", "min_new_tokens"):
-            _check_whole(name, getattr(self, name), "0 or more")
-        for name in ("presence_penalty", "frequency_penalty"):
-            check_number(name, getattr(self, name), "a finite number")
-        if check_number("temperature", self.temperature, "0 or more") < 0:
-            raise UsageError(f"temperature is {self.temperature}: expected 0 or more")
-        for name in ("top_p", "typical_p"):
-            value = check_number(name, getattr(self, name), "above 0, at most 1")
-            if not 0 < value <= 1:
-                raise UsageError(f"{name} is {value}: expected above 0, at most 1")
-        if not 0 <= check_number("min_p", self.min_p, "0 to 1") <= 1:
-            raise UsageError(f"min_p is {self.min_p}: expected 0 to 1")
-        if check_number("repetition_penalty", self.repetition_penalty, "above 0") <= 0:
-            raise UsageError(f"repetition_penalty is {self.repetition_penalty}: expected above 0")
+            self._set(name, _check_whole(name, getattr(self, name), "0 or more"))
+        for name, expected, allowed in (
+            ("presence_penalty", "a finite number", lambda x: True),
+            ("frequency_penalty", "a finite number", lambda x: True),
+            ("temperature", "0 or more", lambda x: x >= 0),
+            ("top_p", "above 0, at most 1", lambda x: 0 < x <= 1),
+            ("typical_p", "above 0, at most 1", lambda x: 0 < x <= 1),
+            ("min_p", "0 to 1", lambda x: 0 <= x <= 1),
+            ("repetition_penalty", "above 0", lambda x: x > 0),
+        ):
+            value = check_number(name, getattr(self, name), expected)
+            if not allowed(value):
+                raise UsageError(f"{name} is {value}: expected {expected}")
+            self._set(name, value)
         if self.context_overflow not in ("slide", "stop"):
             raise UsageError(
                 f"context_overflow is {self.context_overflow!r}: expected 'slide' or 'stop'"
             )
+
+    def _set(self, name: str, value: float) -> None:
+        """Plain numbers, whatever kind of them was given: numpy computes in that of the others."""
+        object.__setattr__(self, name, value)  # frozen
 
     @property
     def penalizes(self) -> bool:
@@ -204,7 +211,7 @@ class Sampler:
         sampling = self.sampling
         if sampling.temperature == 0 or sampling.top_k == 1:
             best = int(logits.argmax())  # a NaN counts as largest
-            _check_finite(float(logits[best]))
+            check_finite(float(logits[best]))
             return best
         if logits.dtype == np.float16:
             logits = logits.astype(np.float32)  # numpy has no fast half-precision
@@ -236,7 +243,7 @@ class Sampler:
                     return nth_most_likely(logits, values, chosen)
         negative = np.negative(logits, self._negative)
         negative.sort()  # a NaN comes last
-        _check_finite(-float(negative[-1] if np.isnan(negative[-1]) else negative[0]))
+        check_finite(-float(negative[-1] if np.isnan(negative[-1]) else negative[0]))
         weights = np.subtract(negative[0], negative, self._weights, dtype=np.float64)
         weights /= max(sampling.temperature, MIN_TEMPERATURE)
         chosen, needed = _choose(exp(weights, weights), u, sampling)
@@ -285,7 +292,8 @@ def nth_most_likely(logits: Logits, values: Logits, n: int) -> int:
     return int((logits == value).nonzero()[0][before])
 
 
-def _check_finite(highest: float) -> None:
+def check_finite(highest: float) -> None:
+    """Raises PicoEdgeError unless the largest logit of a model is a finite number."""
     if not math.isfinite(highest):
         raise PicoEdgeError(
             f"the model's largest logit is {highest}: expected a finite number; the file is "
@@ -318,7 +326,7 @@ def _weights(values: Logits, temperature: float) -> Weights:
     """Probabilities of descending logits up to a factor; that of the first is 1: none overflows."""
     weights = values.astype(FLOAT64)
     highest = weights.item(0)
-    _check_finite(highest)
+    check_finite(highest)
     weights -= highest
     weights /= max(temperature, MIN_TEMPERATURE)
     return exp(weights, weights)
@@ -446,6 +454,11 @@ def _check_whole(name: str, value: object, expected: str) -> int:
 
 
 def check_number(name: str, value: object, expected: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+    """The value as a float. Raises UsageError for what is no finite number."""
+    number = math.nan
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # of a whole number of 309 digits
+            number = float(value)
+    if not math.isfinite(number):
         raise UsageError(f"{name} is {value!r}: expected {expected}")
-    return float(value)
+    return number

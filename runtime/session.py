@@ -87,6 +87,7 @@ class Session:
         fixed = fixed_threads(threads)
         most = physical_cores() if fixed is None else fixed
         model_file = read_model_file(self.path, allow_foreign=allow_foreign)
+        self.size = model_file.size  # bytes
         self.metadata: dict[str, Any] = model_file.metadata
         self.export: dict[str, Any] = self.metadata.get(artefact.EXPORT_KEY, {"target": "cpu"})
         self.sampling: dict[str, Any] = self.metadata.get(artefact.SAMPLING_KEY, {})
@@ -128,7 +129,7 @@ class Session:
         adapts = self._config is not None and self.export.get("target") != artefact.PORTABLE
         if fixed is None and most > 1 and self.provider == "cpu" and adapts:
             self.pace = Pace(most, cost_s=load_s)
-            if self.path.stat().st_size <= TIMED_AT_LOAD:
+            if self.size <= TIMED_AT_LOAD:
                 times = {n: self._step_s(n) for n in (most, self.pace.fewer)}
                 self.pace = Pace(most, cost_s=load_s, means_s=times)
                 self.ort = self._loaded[self.pace.threads]
@@ -265,7 +266,7 @@ def _load(path: Path, provider: str, threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 3  # errors only: they come as exceptions, the rest is noise
+    options.log_severity_level = 4  # nothing but crashes: errors come as exceptions
     # Measured: without spinning, two threads are slower than one.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     if may_saturate():

@@ -14,7 +14,7 @@ are MatMulNBits, since a seed that was drawn is reported. Only otherwise "auto" 
 cost, and stops where drafts do not pay. A batch of several texts does not speculate, nor do files
 whose rows depend on each other, nor DirectML, which cannot append.
 
-Try: `Model("model.onnx").generate("To be", speculate="on").accepted`.
+Try: `Model("model.onnx").generate("To be", speculate="on").accepted_tokens`.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pico_edge.runtime.generate import Options
 
 SEPARATOR = "---\n"  # between the texts of --num-samples
+MAX_ID_DIGITS = 18  # Python refuses to read thousands of them
 
 
 def _sampling(name: str, text: str, *flags: str, metavar: str | None = None) -> Any:
@@ -216,7 +218,8 @@ def generate(
 
 def _token(token: str) -> int | str:
     """An id where it is a number, else the text of a token: the digit 7 itself goes by its id."""
-    return int(token) if token.isascii() and token.isdigit() else token
+    is_id = token.isascii() and token.isdigit() and len(token) <= MAX_ID_DIGITS
+    return int(token) if is_id else token
 
 
 def _bias(text: str) -> tuple[int | str, float]:
@@ -234,6 +237,10 @@ def _bias(text: str) -> tuple[int | str, float]:
 def _read_prompt(prompt: str | None) -> str:
     """The argument; standard input for "-" and for a pipe; else "", the start of a text."""
     if prompt is not None and prompt != "-":
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:  # bytes that the locale could not read: as those of a pipe
+            return os.fsencode(prompt).decode("utf-8", "replace")
         return prompt
     if sys.stdin is None or (prompt is None and sys.stdin.isatty()):
         return ""

@@ -316,10 +316,30 @@ def test_any_locale_prints_utf8_and_no_escape_codes(locale: str) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows passes text, not bytes")
 def test_bytes_that_are_no_text_in_the_arguments_do_no_harm() -> None:
-    done = run("generate", str(TINY), b"a\xffb", "-n", "4", "--seed", "1")
-    assert done.returncode == 0
-    assert done.stdout.startswith(b"a")
-    assert b"Traceback" not in done.stderr
+    for given, read in ((b"a\xffb", "a\ufffdb"), ("é".encode() + b"\xc3", "é\ufffd")):
+        for locale in ("C.UTF-8", "C"):
+            done = run(
+                "generate", str(TINY), given, "-n", "4", "--seed", "1", "--json", LC_ALL=locale
+            )
+            assert (done.returncode, json.loads(done.stdout)["prompt"]) == (0, read)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell")
+def test_closed_streams_get_nothing_and_give_nothing_to_others() -> None:
+    for command in ("generate {} Hi -n 4 --json", "info {}", "verify {} --json"):
+        line = '"$0" -m pico_edge ' + command.format(f'"{TINY}"')
+        closed = subprocess.run(
+            ["sh", "-c", f"{line} 2>&-", sys.executable], capture_output=True, timeout=120
+        )
+        assert closed.returncode == 0
+        assert b"tokens/s" not in closed.stdout
+        if "--json" in command:
+            json.loads(closed.stdout)
+        closed = subprocess.run(
+            ["sh", "-c", f"{line} >&-", sys.executable], capture_output=True, timeout=120
+        )
+        assert (closed.returncode, closed.stdout) == (1, b"")
+        assert re.search(rb"^error: standard output is closed: .*\n\Z", closed.stderr, re.M)
 
 
 def test_a_reader_that_goes_away_ends_it_silently() -> None:

@@ -96,6 +96,16 @@ def test_penalties_and_biases_of_any_size_leave_finite_logits(sign):
     assert (adjusted[0] > adjusted[4]) == (sign > 0)
 
 
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_damaged_logits_are_an_error_also_where_they_are_adjusted(bad):
+    logits = np.full(5, bad, np.float32)
+    for changes in ({"repetition_penalty": 1.2}, {"presence_penalty": 1.0}):
+        with pytest.raises(PicoEdgeError, match="largest logit is"):
+            Adjuster(Sampling(**changes), [1], 5, eot_id=EOT_ID).adjust(logits)
+    with pytest.raises(PicoEdgeError, match="largest logit is"):
+        Adjuster(Sampling(), [1], 5, eot_id=EOT_ID, bias={1: 1.0}).adjust(logits)
+
+
 def test_nothing_left_to_draw_is_an_error_that_says_why():
     adjuster = Adjuster(Sampling(min_new_tokens=1), [], 5, eot_id=EOT_ID, banned=[0, 1, 2, 3])
     with pytest.raises(PicoEdgeError, match="after 0 tokens every token is banned"):

@@ -1,10 +1,12 @@
 """Texts: seeds, batches, stops, streams, split characters, end of the context, bad arguments."""
 
+import gc
 import itertools
 import os
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -325,6 +327,11 @@ def test_generation_has_the_fields_of_the_json(model):
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 0}, "top_p is 0"),
         ({"seed": -1}, "seed is -1"),
+        ({"temperature": 10**400}, "temperature is 1000"),
+        ({"logit_bias": {"a": 10**400}}, "logit_bias of 'a' is 1000"),
+        ({"banned_tokens": 5.0}, "banned_tokens: 5.0"),
+        ({"stop": 5}, "stop is 5: expected a text, or a list"),
+        ({"cancel": 5}, "cancel is 5: expected a function"),
         ({"seed": 2**63}, "seed is 9223372036854775808"),
         ({"stop": ""}, "stop is"),
         ({"stop": ["a", ""]}, "stop is"),
@@ -343,6 +350,13 @@ def test_bad_arguments_are_refused_before_any_work_and_the_model_goes_on(model, 
 def test_prompts_that_are_not_text_and_unknown_options_are_refused(model):
     with pytest.raises(UsageError, match="prompt is a bytes"):
         model.generate([b"x"])
+    for prompt in (None, b"x", 5, {"x"}):
+        with pytest.raises(UsageError, match=r"prompt is a \w+: expected text, or a list of texts"):
+            model.generate(prompt)
+    with pytest.raises(UsageError, match="stop holds None"):
+        model.generate(["a", "b"], stop=[["a"], None])
+    with pytest.raises(UsageError, match="seed is -1"):
+        model.generate([], seed=-1)
     with pytest.raises(TypeError, match="temprature"):
         model.generate("x", temprature=1)
 
@@ -369,6 +383,40 @@ def test_cancel_ends_after_the_current_token(model, monkeypatch):
     stream = model.stream("a", max_new_tokens=20, seed=4, cancel=lambda: True)
     list(stream)
     assert (stream.result.finish_reason, stream.result.new_tokens) == ("cancelled", 1)
+
+
+def test_a_stream_that_is_left_frees_its_cache_at_once(model, monkeypatch):
+    caches = weakref.WeakSet()
+    new_cache = model.session.new_cache
+
+    def noted(*arguments):
+        cache = new_cache(*arguments)
+        caches.add(cache)
+        return cache
+
+    monkeypatch.setattr(model.session, "new_cache", noted)
+    gc.disable()
+    try:
+        for _ in range(3):
+            for _ in model.stream(HELLO, max_new_tokens=20, seed=4):
+                break
+            assert len(caches) == 0
+    finally:
+        gc.enable()
+
+
+def test_what_was_held_back_is_part_of_a_text_that_is_cancelled(scripted):
+    a, first_byte = ord("a"), 0xE2
+    for ids, text in (((a, a), "aa"), ((a, first_byte), "a\ufffd")):
+        model = scripted(*ids)
+        asked = itertools.count(1)
+        stream = model.stream("x", stop=["aab"], seed=1, cancel=lambda n=asked: next(n) == 2)
+        assert "".join(stream) == text
+        assert (stream.result.text, stream.result.token_ids) == (text, list(ids))
+    stream = scripted(a).stream("x", stop=["aab"], seed=1)
+    assert next(stream) == "a"
+    stream.close()
+    assert stream.result.text == "aaa"
 
 
 def test_several_streams_of_one_model_do_not_disturb_each_other(model):

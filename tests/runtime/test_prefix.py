@@ -98,6 +98,15 @@ def test_an_error_gives_nothing_back(models):
         reusing.generate("Hello", banned_tokens=list(range(reusing.tokenizer.n_vocab)))
     assert reusing._kept._kept is None
     assert reusing.generate("Hello", max_new_tokens=4, seed=1).new_tokens == 4
+    # In a stream, and after the window has slid: the cache then holds the last token already.
+    options = {"no_repeat_ngram_size": 1, "min_new_tokens": 10**6, "max_new_tokens": 10**6}
+    stream = reusing.stream("Hello", seed=1, temperature=2.0, top_k=0, **options)
+    with pytest.raises(PicoEdgeError, match="every token is banned"):
+        list(stream)
+    assert list(stream) == []
+    stream.close()
+    assert stream.result.finish_reason == "cancelled"
+    assert reusing._kept._kept is None
 
 
 def test_several_threads_never_get_the_same_cache():
