@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from pico_edge.tokenizer import (
     tokenizer_from_dict,
 )
 from pico_edge.train.report import Reporter, count
+from pico_edge.train.settings import choose_preset
 from pico_edge.train.text import Piece, fingerprint, read_documents, text_bytes
 from pico_edge.train.throughput import Throughput
 
@@ -43,11 +43,16 @@ _BPE_WORD_CHARACTERS = 4096
 CACHE_VERSION = 1  # of bpe.json: raised when the same text gives another tokenizer
 
 
+# Vocabulary of a BPE by the preset for the text: a token should be seen a hundred times or more.
+BPE_SIZES = {"nano": 512, "micro": 1024, "mini": 4096, "small": 16384}
+
+
 def default_tokenizer(n_bytes: int) -> tuple[str, int]:
     """Kind and vocabulary size for a text of n_bytes. Example: 1_000_000 -> ("simple", 257)."""
-    if n_bytes < 2_000_000:
+    preset = choose_preset(n_bytes)
+    if preset in ("nano", "micro"):
         return "simple", SimpleTokenizer.n_vocab
-    return "bpe", 4096 if n_bytes < 50_000_000 else 16384
+    return "bpe", BPE_SIZES[preset]
 
 
 def choose_tokenizer(
@@ -78,7 +83,7 @@ def choose_tokenizer(
     reporter = Reporter(quiet=True) if reporter is None else reporter
     n_bytes = text_bytes(files)
     if vocab_size is None:
-        vocab_size = max(4096, default_tokenizer(n_bytes)[1])
+        vocab_size = BPE_SIZES[choose_preset(n_bytes)]
     _check_vocab_size(vocab_size)
     key = {
         "version": CACHE_VERSION,
@@ -90,7 +95,7 @@ def choose_tokenizer(
         "val_fraction": val_fraction,
     }
     path = None if folder is None else Path(folder) / "bpe.json"
-    cached = None if path is None else _open_cache(path, key)
+    cached = None if path is None else _open_cache(path, key, reporter)
     if cached is not None:
         return cached
     n_train = n_bytes - int(n_bytes * val_fraction)
@@ -119,7 +124,7 @@ def _size(file: Path) -> int:
     return file.stat().st_size
 
 
-def _open_cache(path: Path, key: dict[str, Any]) -> Tokenizer | None:
+def _open_cache(path: Path, key: dict[str, Any], reporter: Reporter) -> Tokenizer | None:
     if not path.exists():
         return None
     try:
@@ -128,10 +133,7 @@ def _open_cache(path: Path, key: dict[str, Any]) -> Tokenizer | None:
             return None
         return tokenizer_from_dict(found["tokenizer"])
     except (ValueError, LookupError, TypeError, ArtefactError) as error:
-        print(
-            f"warning: {path} is damaged ({error!r}): the tokenizer is trained again",
-            file=sys.stderr,
-        )
+        reporter.say(f"warning: {path} is damaged ({error!r}): the tokenizer is trained again")
         return None
 
 

@@ -431,15 +431,14 @@ def _tokenizer(
     files: Sequence[Path], settings: TrainSettings, folder: Path, reporter: Reporter
 ) -> tuple[Tokenizer, int]:
     """The tokenizer for the text, and the rows of the token table."""
-    kind, vocab_size = default_tokenizer(text_bytes(files))
-    if settings.tokenizer is not None:
-        kind, vocab_size = settings.tokenizer, settings.vocab_size or vocab_size
-    elif settings.vocab_size is not None:
-        kind, vocab_size = "bpe", settings.vocab_size  # nothing else has a size to choose
+    kind = settings.tokenizer
+    if kind is None and settings.vocab_size is not None:
+        kind = "bpe"  # nothing else has a size to choose
+    kind = kind or default_tokenizer(text_bytes(files))[0]
     tokenizer = choose_tokenizer(
         kind,
         files,
-        vocab_size=vocab_size if kind == "bpe" else None,
+        vocab_size=settings.vocab_size if kind == "bpe" else None,
         ranks=settings.ranks,
         encoding=settings.encoding,
         text_field=settings.text_field,

@@ -14,7 +14,6 @@ import io
 import itertools
 import json
 import os
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -168,7 +167,7 @@ def prepare_tokens(
     }
     path, sidecar = folder / "tokens.bin", folder / "tokens.json"
     dtype = np.dtype("<u2" if tokenizer.n_vocab <= 1 << 16 else "<u4")
-    cache = _open_cache(path, sidecar, key, dtype, tokenizer.n_vocab)
+    cache = _open_cache(path, sidecar, key, dtype, tokenizer.n_vocab, reporter)
     if cache is None:
         sources = [files] if val_files is None else [files, val_files]
         n_bytes = sum(file.stat().st_size for source in sources for file in source)
@@ -181,7 +180,7 @@ def prepare_tokens(
             path, sidecar, key, dtype, documents, tokenizer, threads or _core_count()
         )
         throughput.end(marks[-1].n_bytes)
-        cache = _open_cache(path, sidecar, key, dtype, tokenizer.n_vocab)
+        cache = _open_cache(path, sidecar, key, dtype, tokenizer.n_vocab, reporter)
         if cache is None:
             raise PicoEdgeError(f"{path} changed while it was made: does another program write it?")
     n_total, needed = sum(cache.counts), block_size + 1
@@ -330,11 +329,16 @@ def _encode_batch(batch: _Batch, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> 
 
 
 def _open_cache(
-    path: Path, sidecar: Path, key: dict[str, Any], dtype: np.dtype[Any], n_vocab: int
+    path: Path,
+    sidecar: Path,
+    key: dict[str, Any],
+    dtype: np.dtype[Any],
+    n_vocab: int,
+    reporter: Reporter,
 ) -> _Cache | None:
     """The open cache; None if there is none for this key.
 
-    A cache that does not hold what its sidecar says is named on stderr and counts as none.
+    A cache that does not hold what its sidecar says is reported and counts as none.
     """
     if not (path.exists() and sidecar.exists()):
         return None
@@ -342,7 +346,7 @@ def _open_cache(
     try:
         cache = _check_cache(file, sidecar, key, dtype, n_vocab)
     except ArtefactError as error:
-        print(f"warning: {error}: the token cache is made again", file=sys.stderr)
+        reporter.say(f"warning: {error}: the token cache is made again")
         cache = None
     if cache is None:
         file.close()

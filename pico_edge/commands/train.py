@@ -46,89 +46,111 @@ def train(
         ),
     ],
     out: Annotated[
-        str, typer.Option("-o", "--out", help="The model; its run folder comes beside it.")
+        str, typer.Option("-o", "--out", help="Where the model goes; its run folder is beside it.")
     ] = TrainSettings.out,
     preset: Annotated[str | None, _chosen("Size of the model.", "|".join(PRESETS))] = None,
-    tokenizer: Annotated[str | None, _chosen("Text as tokens.", "|".join(TOKENIZERS))] = None,
-    vocab_size: Annotated[int | None, _chosen("Tokens of bpe; rows for the others.")] = None,
+    tokenizer: Annotated[
+        str | None, _chosen("How text becomes tokens: bytes, or a BPE.", "|".join(TOKENIZERS))
+    ] = None,
+    vocab_size: Annotated[
+        int | None, _chosen("Vocabulary of --tokenizer bpe; else rows of the token table.")
+    ] = None,
     ranks: Annotated[
-        str | None, _chosen("GPT-2 ranks in tiktoken format, not downloaded.", "FILE")
+        str | None, _chosen("GPT-2 ranks in tiktoken format, instead of downloading them.", "FILE")
     ] = None,
     target_bytes: Annotated[
-        str | None, _chosen("Largest int8 file, as 800kB or 8MB: chooses the size.", "BYTES")
+        str | None,
+        _chosen("Choose the size so that the int8 file is at most this, as 8MB.", "BYTES"),
     ] = None,
     target_tokens_per_second: Annotated[
-        float | None, _chosen("Least speed of generation, on a device like this one.", "X")
+        float | None, _chosen("Choose the size so that generation is at least this fast here.", "X")
     ] = None,
     minutes: Annotated[
         float | None,
-        _chosen(f"Time for all of it. Default: {DEFAULT_MINUTES:g}.", "M"),
+        _chosen(f"Time for the whole run. Default: {DEFAULT_MINUTES:g}.", "M"),
     ] = None,
-    max_iters: Annotated[int | None, _chosen("Iterations, instead of a time.")] = None,
-    n_layer: Annotated[int | None, _chosen("Layers.")] = None,
-    n_head: Annotated[int | None, _chosen("Attention heads; they divide n_embd.")] = None,
-    n_embd: Annotated[int | None, _chosen("Width.")] = None,
-    block_size: Annotated[int | None, _chosen("Context, in tokens.")] = None,
-    dropout: Annotated[float | None, _chosen("From 0 to below 1.", "P")] = None,
-    bias: Annotated[bool | None, _chosen("Biases, as in GPT-2.", None, "--bias/--no-bias")] = None,
-    gelu: Annotated[str | None, _chosen("As in GPT-2, or exact.", "tanh|erf")] = None,
-    batch_size: Annotated[int | None, _chosen("Windows of block_size tokens at once.")] = None,
-    grad_accum: Annotated[int | None, _chosen("Batches to one update.")] = None,
-    optimizer: Annotated[str | None, _chosen("Optimizer.", "|".join(OPTIMIZERS))] = None,
-    learning_rate: Annotated[float | None, _chosen("Its peak.", "X")] = None,
-    min_lr: Annotated[float | None, _chosen("Its end. Default: 0.", "X")] = None,
-    warmup_iters: Annotated[int | None, _chosen("Iterations that rise to the peak.")] = None,
-    weight_decay: Annotated[float | None, _chosen("Of matrices.", "X")] = None,
-    beta1: Annotated[float | None, _chosen("Memory of the gradient.", "X")] = None,
-    beta2: Annotated[float | None, _chosen("Memory of its square.", "X")] = None,
-    grad_clip: Annotated[float | None, _chosen("Largest gradient norm, 0 = any.", "X")] = None,
-    val_data: Annotated[str | None, _chosen("Text to hold out.", "FILE")] = None,
+    max_iters: Annotated[int | None, _chosen("Train for N iterations instead of a time.")] = None,
+    n_layer: Annotated[int | None, _chosen("Number of layers.")] = None,
+    n_head: Annotated[int | None, _chosen("Attention heads per layer; must divide n_embd.")] = None,
+    n_embd: Annotated[int | None, _chosen("Width: channels of the residual stream.")] = None,
+    block_size: Annotated[int | None, _chosen("Context length, in tokens.")] = None,
+    dropout: Annotated[float | None, _chosen("Dropout probability.", "P")] = None,
+    bias: Annotated[
+        bool | None,
+        _chosen("Biases in linear layers and norms, as in GPT-2.", None, "--bias/--no-bias"),
+    ] = None,
+    gelu: Annotated[
+        str | None, _chosen("GELU form: tanh as in GPT-2, or the exact erf.", "tanh|erf")
+    ] = None,
+    batch_size: Annotated[
+        int | None, _chosen("Sequences of block_size tokens per micro-batch.")
+    ] = None,
+    grad_accum: Annotated[int | None, _chosen("Micro-batches per update.")] = None,
+    optimizer: Annotated[
+        str | None,
+        _chosen("Muon for matrices and AdamW for the rest, or AdamW.", "|".join(OPTIMIZERS)),
+    ] = None,
+    learning_rate: Annotated[float | None, _chosen("Peak learning rate.", "X")] = None,
+    min_lr: Annotated[float | None, _chosen("Learning rate at the end. Default: 0.", "X")] = None,
+    warmup_iters: Annotated[int | None, _chosen("Iterations of warm-up to the peak.")] = None,
+    weight_decay: Annotated[float | None, _chosen("Weight decay of the matrices.", "X")] = None,
+    beta1: Annotated[float | None, _chosen("AdamW beta1.", "X")] = None,
+    beta2: Annotated[float | None, _chosen("AdamW beta2.", "X")] = None,
+    grad_clip: Annotated[
+        float | None, _chosen("Clip the gradient norm to this, 0 = off.", "X")
+    ] = None,
+    val_data: Annotated[str | None, _chosen("Validate on this text.", "FILE")] = None,
     val_fraction: Annotated[
-        float, typer.Option(metavar="F", help="Or this part of the text, its tail.")
+        float, typer.Option(metavar="F", help="Else hold out this fraction, the end of the text.")
     ] = TrainSettings.val_fraction,
     eval_interval: Annotated[int | None, _chosen("Iterations between evaluations.")] = None,
-    eval_iters: Annotated[int | None, _chosen("Batches of one evaluation, at most.")] = None,
+    eval_iters: Annotated[int | None, _chosen("Batches per evaluation, at most.")] = None,
     sample_prompt: Annotated[
-        str | None, _chosen("Start of the samples. Default: of the held-out text.", "TEXT")
+        str | None,
+        _chosen("Prompt of the samples. Default: the start of the held-out text.", "TEXT"),
     ] = None,
     device: Annotated[
         str, typer.Option(metavar="|".join(DEVICES), help="Where to train.")
     ] = TrainSettings.device,
     dtype: Annotated[
-        str, typer.Option(metavar="|".join(DTYPES), help="Of the matrix products.")
+        str, typer.Option(metavar="|".join(DTYPES), help="Number type of matrix products.")
     ] = TrainSettings.dtype,
     compile_: Annotated[
-        bool | None, _chosen("Run torch.compile.", None, "--compile/--no-compile")
+        bool | None, _chosen("Use torch.compile.", None, "--compile/--no-compile")
     ] = None,
     threads: Threads = "auto",
     seed: Annotated[
-        int, typer.Option(metavar="N", help="Of weights, batches, dropout.")
+        int, typer.Option(metavar="N", help="Seed of weights, batches and dropout.")
     ] = TrainSettings.seed,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run of --out, exactly.")
+        bool, typer.Option("--resume", help="Continue the interrupted run of --out.")
     ] = False,
-    init_from: Annotated[str | None, _chosen("Start from this model: fine-tune.", "CKPT")] = None,
+    init_from: Annotated[str | None, _chosen("Fine-tune this checkpoint.", "CKPT")] = None,
     reinit_embeddings: Annotated[
         bool,
         typer.Option(
-            "--reinit-embeddings", help="With --init-from: another tokenizer, a fresh token table."
+            "--reinit-embeddings",
+            help="With --init-from: take another tokenizer and a new token table.",
         ),
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Start over what exists.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start over, replacing --out and its run folder.")
+    ] = False,
     encoding: Annotated[
-        str | None, _chosen("Of the text. Default: UTF-8, or UTF-16 by its mark.", "NAME")
+        str | None, _chosen("Encoding of the text. Default: UTF-8, or UTF-16 by its BOM.", "NAME")
     ] = None,
     text_field: Annotated[
-        str, typer.Option(metavar="NAME", help="Of the objects in .jsonl.")
+        str, typer.Option(metavar="NAME", help="Key of the text in .jsonl objects.")
     ] = TrainSettings.text_field,
     tensorboard: Annotated[
-        bool, typer.Option("--tensorboard", help="Write event files too; needs the extra log.")
+        bool,
+        typer.Option("--tensorboard", help="Write TensorBoard event files; needs pico-edge[log]."),
     ] = False,
     json_: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Train a small GPT on your own text. No flag is needed; each is there to overrule a choice."""
+    """Train a small GPT on your own text. No flag is needed: each overrides an automatic choice."""
     started = time.perf_counter()
     settings = TrainSettings(
         out=out,
@@ -175,7 +197,7 @@ def train(
         text_field=text_field,
         tensorboard=tensorboard,
     )
-    require_extra("train", "torch")
+    require_extra("train", "torch", "tokenizers")
     with Signals() as signals:
         from pico_edge.train.loop import train as run
         from pico_edge.train.report import Reporter

@@ -24,6 +24,7 @@ from pico_edge.train import report, throughput
 from pico_edge.train import tokens as tokens_module
 from pico_edge.train.batches import batch
 from pico_edge.train.bpe import choose_tokenizer, train_bpe
+from pico_edge.train.report import Reporter
 from pico_edge.train.text import fingerprint, read_documents
 from pico_edge.train.tokens import HELD_OUT_BYTES, TokenData, Tokens, prepare_tokens
 
@@ -201,12 +202,12 @@ def test_a_damaged_cache_is_made_again_with_a_notice(
         (sidecar, json.dumps(negative).encode(), "counts are [-1]"),
     ):
         target.write_bytes(content)
-        assert tokens_of(prepare(path, run).train) == right
+        assert tokens_of(prepare(path, run, reporter=Reporter()).train) == right
         warning = capsys.readouterr().err
         assert notice in warning and "made again" in warning and warning.count("\n") == 1
     for missing in (ids, sidecar):
         missing.unlink()
-        assert tokens_of(prepare(path, run).train) == right
+        assert tokens_of(prepare(path, run, reporter=Reporter()).train) == right
     assert capsys.readouterr().err == ""
 
 
@@ -389,7 +390,7 @@ def test_damaged_marks_are_not_believed(
     assert description["marks"][-1] == [len(ENGLISH) * 100] * 2
     changed = json.loads(json.dumps(marks).replace("7100", str(len(ENGLISH) * 100)))
     write(run / "tokens.json", json.dumps(description | {"marks": changed}))
-    assert prepare(path, run).n_val_bytes == n_val_bytes
+    assert prepare(path, run, reporter=Reporter()).n_val_bytes == n_val_bytes
     assert "tokens.json is damaged" in capsys.readouterr().err
 
 
