@@ -94,8 +94,15 @@ def export(
         bits = 8
     made_for = target_of(target)
     check_bits(made_for, bits)
-    check_output(out, force=force)
+    inputs = [checkpoint_path] if eval_data is None else [checkpoint_path, eval_data]
+    check_output(out, force=force, inputs=inputs)
     checkpoint = load_checkpoint(checkpoint_path)
+    for name, tensor in checkpoint.model.items():
+        if not tensor.isfinite().all():
+            raise ArtefactError(
+                f"{checkpoint_path}: {name} holds numbers that are not finite: train again, or "
+                "export an earlier checkpoint"
+            )
     n_bytes = sum(
         tensor.nbytes for name, tensor in checkpoint.model.items() if name != "lm_head.weight"
     )

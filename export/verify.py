@@ -98,7 +98,7 @@ def measure_parity(model: GPT, session: Session, ids: Sequence[int]) -> Parity:
     prompt = window[: _prompt_tokens(block_size)]
     return Parity(
         max_abs_error=errors[worst],
-        max_rel_error=errors[worst] / float(np.abs(expected).max()),
+        max_rel_error=errors[worst] / (float(np.abs(expected).max()) or 1.0),
         greedy_match_tokens=_greedy_match(model, session, prompt),
         worst=worst,
     )

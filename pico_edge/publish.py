@@ -13,7 +13,7 @@ import errno
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -73,10 +73,11 @@ def publish(
 
     write: called with the open file, and called again from the start if a transient error passes.
     previous: name under which the file that is replaced stays available.
-    Raises the OSError that stopped it; then the old file is as it was, or, where only the flush of
-    the folder failed, the new one is in place; no temporary file is left.
+    A symbolic link stays, and what it names is replaced. Raises the OSError that stopped it, with
+    the path; then the old file is as it was, or, where only the flush of the folder failed, the new
+    one is in place; no temporary file is left.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     _retry(path, lambda: _replace(path, write, None if previous is None else Path(previous)))
     # Apart from the rename: done twice, that would let `previous` name the new file.
     _retry(path, lambda: _sync_folder(path.parent))
@@ -90,7 +91,7 @@ def _retry(path: Path, act: Callable[[], None]) -> None:
         except OSError as error:
             if error.errno not in TRANSIENT or attempt == len(PAUSES_S):
                 raise
-            if attempt == 0:
+            if attempt == 0 and sys.stderr is not None:
                 print(f"warning: {path}: {error.strerror}: trying again", file=sys.stderr)
             time.sleep(PAUSES_S[attempt])
 
@@ -106,7 +107,10 @@ def _replace(path: Path, write: Callable[[Writable], object], previous: Path | N
                 raise file.error
             file.sync()  # or the rename could reach the disk before the data
         except Exception as error:
-            if file.error is not None and error is not file.error:
+            if file.error is None:
+                raise
+            file.error.filename = str(path)
+            if error is not file.error:
                 raise file.error from error
             raise
         finally:
@@ -128,7 +132,7 @@ def temporary_name(path: Path) -> Path:
 
 def remove_stale(path: str | os.PathLike[str]) -> list[Path]:
     """Delete what killed processes left of a file; that no live one writes it is for the caller."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     prefix = temporary_name(path).name.rpartition("-")[0] + "-"
     stale = [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]
     for entry in stale:
@@ -136,32 +140,42 @@ def remove_stale(path: str | os.PathLike[str]) -> list[Path]:
     return stale
 
 
-def check_output(path: str | os.PathLike[str], *, force: bool) -> None:
+def check_output(
+    path: str | os.PathLike[str], *, force: bool, inputs: Iterable[str | os.PathLike[str]] = ()
+) -> None:
     """Refuse an output path before any work is done for it.
 
-    Raises UsageError when the folder is missing or cannot be written, when the path is a folder, or
-    when it exists and force is False.
+    inputs: files that are read, which it must not replace, force or not. Raises UsageError for one
+    of these, for a folder that is missing or cannot be written, for a path that is a folder, a
+    device or a pipe, and for one that exists if force is False.
     """
-    path = Path(path)
+    given, path = path, Path(os.path.realpath(path))
     folder = path.parent
     try:
         if not folder.is_dir():
             what = "is not a folder" if folder.exists() else "does not exist"
             raise UsageError(
-                f"{path}: the folder {folder} {what}: make it, or choose another --out"
+                f"{given}: the folder {folder} {what}: make it, or choose another --out"
             )
         if path.is_dir():
-            raise UsageError(f"{path} is a folder: expected the name of a file to write")
+            raise UsageError(f"{given} is a folder: expected the name of a file to write")
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{given} is a device or a pipe: expected the name of a file to write")
+        for read in inputs:
+            if path.exists() and os.path.exists(read) and os.path.samefile(path, read):
+                raise UsageError(
+                    f"{given} is read, so it cannot be --out too: choose another --out"
+                )
         if path.exists() and not force:
-            raise UsageError(f"{path} exists: choose another --out, or add --force to replace it")
+            raise UsageError(f"{given} exists: choose another --out, or add --force to replace it")
     except OSError as error:  # a name that is too long
-        raise UsageError(f"{path}: {error.strerror}: choose another --out") from error
+        raise UsageError(f"{given}: {error.strerror}: choose another --out") from error
     probe = temporary_name(path)
     try:  # os.access is wrong for root, for read-only mounts and on Windows
         os.close(os.open(probe, os.O_WRONLY | os.O_CREAT, 0o666))
         os.unlink(probe)
     except OSError as error:
-        raise UsageError(f"{path}: cannot write in {folder}: {error.strerror}") from error
+        raise UsageError(f"{given}: cannot write in {folder}: {error.strerror}") from error
 
 
 def _keep(path: Path, previous: Path) -> None:
@@ -190,7 +204,8 @@ def _unlink_if_there(path: Path) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        print(f"warning: {path} could not be removed: {error.strerror}", file=sys.stderr)
+        if sys.stderr is not None:
+            print(f"warning: {path} could not be removed: {error.strerror}", file=sys.stderr)
 
 
 def _sync_folder(folder: Path) -> None:

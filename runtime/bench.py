@@ -188,8 +188,9 @@ def bytes_per_token(session: Session, length: int) -> int:
     """
     config = session.config
     metadata = session.ort.get_modelmeta().custom_metadata_map
-    weights = session.path.stat().st_size - sum(len(v.encode()) for v in metadata.values())
-    weights -= config.block_size * config.n_embd * 4
+    weights = session.size - sum(len(v.encode()) for v in metadata.values())
+    position_bytes = 2 if session.cache_dtype == np.float16 else 4  # then all floats are halves
+    weights -= config.block_size * config.n_embd * position_bytes
     cached = 2 * config.n_layer * length * config.n_embd * session.cache_dtype.itemsize
     return max(0, weights) + cached
 

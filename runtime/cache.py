@@ -170,10 +170,9 @@ class Cache:
         if longest >= self.capacity:
             # onnxruntime would grow the output, or fail, by the kernel it chose.
             raise ValueError(f"{longest} + 1 tokens: the cache holds {self.capacity}")
-        # The valid length after the step, minus one, is the length before it.
-        if (
-            self.batch == 1
-        ):  # the usual case: three stores into a place cost a fifth of three slices
+        # The valid length after the step, minus one, is the length before it. Batch 1 is the usual
+        # case: three stores into a place cost a fifth of three slices.
+        if self.batch == 1:
             self._ids[0], self._positions[0], self._seqlens[0] = token_ids[0], longest, longest
         else:
             self._ids[:], self._positions[:], self._seqlens[:] = token_ids, lengths, lengths

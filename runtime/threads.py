@@ -146,9 +146,8 @@ def physical_cores() -> int:
             _read(f"/sys/devices/system/cpu/cpu{i}/topology/thread_siblings_list") for i in cpus
         }
         count = len(cpus) if "" in cores else len(cores)
-        quota = _read(
-            "/sys/fs/cgroup/cpu.max"
-        ).split()  # "200000 100000" us per period, or "max ..."
+        # "200000 100000" us per period, or "max ..."
+        quota = _read("/sys/fs/cgroup/cpu.max").split()
         if len(quota) == 2 and quota[0] != "max":
             count = min(count, int(quota[0]) // int(quota[1]))
         return max(1, count)

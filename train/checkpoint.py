@@ -189,9 +189,10 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     path = Path(path)
     if path.is_dir():
         raise ArtefactError(f"{path} is a folder: expected a checkpoint such as ckpt.pt")
-    with open(
-        path, "rb"
-    ) as file:  # one open file for every step: the name may be replaced meanwhile
+    if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
+        raise ArtefactError(f"{path} is a device or a pipe: expected a checkpoint such as ckpt.pt")
+    # One open file for every step: the name may be replaced meanwhile.
+    with open(path, "rb") as file:
         _check_zip(file, path)
         content = _unpickle(file, path)
     _check_kind(content, path)

@@ -134,6 +134,8 @@ def evaluate(
 
 def _load(path: Path, threads: int, quiet: bool) -> Scored:
     """A model.onnx by onnxruntime, a checkpoint by torch: told apart by how the file begins."""
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would wait for its writer
+        raise ArtefactError(f"{path} is a device or a pipe: expected a model.onnx or a checkpoint")
     with path.open("rb") as file:
         is_checkpoint = file.read(len(ZIP)) == ZIP
     if is_checkpoint:

@@ -317,6 +317,27 @@ def test_a_path_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path
     assert (tmp_path / "file").read_bytes() == OLD
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX files")
+def test_neither_a_device_nor_an_input_is_replaced_and_a_link_stays(tmp_path: Path) -> None:
+    fifo, data, link = tmp_path / "fifo", tmp_path / "data", tmp_path / "link"
+    os.mkfifo(fifo)
+    data.write_bytes(OLD)
+    link.symlink_to("data")
+    for path in (fifo, Path("/dev/null")):
+        with pytest.raises(UsageError, match="is a device or a pipe"):
+            check_output(path, force=True)
+    for path in (data, link, tmp_path / "." / "data"):
+        with pytest.raises(UsageError, match="is read, so it cannot be --out too"):
+            check_output(path, force=True, inputs=[tmp_path / "missing", data])
+    with pytest.raises(UsageError, match="link exists: choose another --out"):
+        check_output(link, force=False)
+    publish(link, lambda file: file.write(NEW))
+    assert link.is_symlink() and data.read_bytes() == NEW
+    data.unlink()
+    publish(link, lambda file: file.write(NEW))  # of a link that names nothing yet
+    assert link.is_symlink() and data.read_bytes() == NEW
+
+
 def test_a_folder_that_cannot_be_written_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

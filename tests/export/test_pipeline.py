@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +28,7 @@ from pico_edge.runtime.info import info
 from pico_edge.runtime.preflight import read_model_file
 from pico_edge.runtime.session import Session
 from pico_edge.runtime.verify import verify
-from pico_edge.train.checkpoint import build_model, load_checkpoint
+from pico_edge.train.checkpoint import build_model, load_checkpoint, save_checkpoint
 from pico_edge.train.model import GPT
 
 SMALL = GPTConfig(block_size=16, vocab_size=272, n_layer=1, n_head=2, n_embd=32)
@@ -330,3 +331,45 @@ def test_the_table_fits_80_columns(name: str, request: pytest.FixtureRequest) ->
     report["quality"]["loss_increase_percent"] = -12.345
     for line in table(report).splitlines():
         assert len(line) <= 80, line
+
+
+def test_neither_the_checkpoint_nor_its_text_is_replaced_by_the_model(
+    checkpoint_path: Path, tmp_path: Path
+) -> None:
+    checkpoint, text = tmp_path / "ckpt.pt", tmp_path / "text.txt"
+    checkpoint.write_bytes(checkpoint_path.read_bytes())
+    text.write_text("to be " * 1000)
+    for out in (checkpoint, text):
+        before = out.read_bytes()
+        with pytest.raises(UsageError, match="is read, so it cannot be --out too"):
+            export(checkpoint, out, eval_data=text, force=True)
+        assert out.read_bytes() == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(
+    make_checkpoint: Callable[..., Path], value: float, tmp_path: Path
+) -> None:
+    path = make_checkpoint(SMALL)
+    checkpoint = load_checkpoint(path)
+    checkpoint.model["transformer.h.0.mlp.c_fc.weight"][0, 0] = value
+    save_checkpoint(path, checkpoint)
+    with pytest.raises(ArtefactError, match=r"h\.0\.mlp\.c_fc\.weight holds numbers that are not"):
+        export(path, tmp_path / "model.onnx")
+
+
+def test_a_model_of_zeros_exports(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    path = make_checkpoint(SMALL)
+    checkpoint = load_checkpoint(path)
+    for tensor in checkpoint.model.values():
+        tensor.zero_()
+    save_checkpoint(path, checkpoint)
+    for bits in (None, 8, 4):
+        report = export(path, tmp_path / f"{bits}.onnx", bits=bits)
+        assert report["parity"]["max_abs_error"] == report["parity"]["max_rel_error"] == 0
+
+
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "ckpt.pt")
+    with pytest.raises(ArtefactError, match="is a device or a pipe"):
+        export(tmp_path / "ckpt.pt", tmp_path / "model.onnx")

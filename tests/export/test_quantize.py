@@ -18,7 +18,7 @@ from pico_edge.config import GPTConfig
 from pico_edge.export import quantize
 from pico_edge.export.blocks import quantize_matrix
 from pico_edge.export.pipeline import export
-from pico_edge.export.quantize import GELU_MIN, block_size_for, choose_plan
+from pico_edge.export.quantize import GELU_SHIFT, block_size_for, choose_plan
 from pico_edge.runtime.preflight import read_model_file
 from pico_edge.runtime.session import Session
 
@@ -141,6 +141,8 @@ def test_the_plan_follows_the_shape_alone() -> None:
     short = dataclasses.replace(narrow, block_size=256)
     assert choose_plan(short, 8).cache == choose_plan(short, 4).cache == "float32"
     assert choose_plan(dataclasses.replace(wide, block_size=256), 8).cache == "int8"
+    single = choose_plan(GPTConfig(n_layer=1), 4).forms  # nothing of it is spared
+    assert single["transformer.h.0.mlp.c_proj"] == single["transformer.h.0.attn.c_attn"] == "int4"
     deep = choose_plan(GPTConfig(), 4).forms
     assert deep["transformer.h.0.mlp.c_proj"] == "int4"
     assert deep["transformer.h.0.mlp.c_fc"] == "int8"
@@ -153,7 +155,7 @@ def test_the_plan_follows_the_shape_alone() -> None:
 def test_gelu_stays_above_the_shift() -> None:
     x = torch.linspace(-10, 10, 200_001, dtype=torch.float64)
     for form in ("tanh", "none"):
-        assert torch.nn.functional.gelu(x, approximate=form).min() > -GELU_MIN
+        assert torch.nn.functional.gelu(x, approximate=form).min() > -GELU_SHIFT
 
 
 def test_int4_packs_the_first_weight_into_the_low_half(int4_report: dict[str, Any]) -> None:
