@@ -68,9 +68,10 @@ def measure_torch(folder: Path, threads: int) -> dict[str, float]:
 
 
 def measure_onnx(path: Path, threads: int) -> dict[str, float]:
-    """Median step inside the session call, and the median of everything around it: binding,
-    sampling
-    at the default top-k 50, detokenizing."""
+    """Median step inside the session call, and the median of all around it.
+
+    That is binding, sampling at the default top-k 50, and detokenizing.
+    """
     from pico_edge.runtime import Model
 
     model = Model(path, threads=threads)
@@ -96,7 +97,7 @@ def measure_onnx(path: Path, threads: int) -> dict[str, float]:
     return {
         "step_s": statistics.median(inside),
         "outside_s": statistics.median(outside),
-        # Of totals, since some of the work around a step is done ahead for sixteen.
+        # Of totals, since some of the work around a step is done ahead, for many at once.
         "outside_share": sum(outside) / (sum(inside) + sum(outside)),
         "end_to_end_tokens_per_second": made.new_tokens / total,
     }

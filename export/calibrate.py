@@ -1,7 +1,7 @@
 """What the activations of a model look like on held-out text: the statistics quantization needs.
 
 Runs the torch model, so the figures are those of float32. Knows nothing of rounding or of ONNX.
-Try: `calibrate(model, ids)["transformer.h.0.attn.c_attn"].largest`.
+Try: `calibrate(model, ids).inputs["transformer.h.0.attn.c_attn"].largest`.
 """
 
 from __future__ import annotations

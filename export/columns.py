@@ -5,7 +5,7 @@ WASM, and the standard operators that onnxruntime fuses into it. Knows nothing o
 files. Try: `quantize_columns(trace_portable(model), standard=True)`.
 
 One scale serves all activations of a call, so a token's result depends, within rounding, on the
-tokens beside it: `ROWS_ARE_INDEPENDENT` goes into the file's metadata.
+tokens beside it, which the metadata of the file says (`targets.rows_are_independent`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ FloatArray = npt.NDArray[np.float32]
 # Weights of 7 bits: x86 without VNNI adds two products of 8-bit numbers in 16 bits, which 255 * 127
 # * 2 overflows and 255 * 64 * 2 does not.
 LARGEST = 64
-ROWS_ARE_INDEPENDENT = False
 
 
 def quantize_columns(model: ir.Model, *, standard: bool) -> None:

@@ -1,4 +1,4 @@
-"""Small edits of an `onnx_ir` graph, for passes that change forms and never the topology.
+"""Small edits of an `onnx_ir` graph, for the passes over a traced one.
 
 Knows nothing of models or targets. Try: `array(graph.initializers["transformer.wpe.weight"])`.
 """

@@ -75,7 +75,7 @@ def export(
     force: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write one self-contained model file and return the report of `cli.md`.
+    """Write one self-contained model file and return the report of `export --json`.
 
     bits: of the weights, 8 or 4, which imply quantize; 8 where only quantize is given. target: a
     name of `targets.TARGETS`; 4 bits are for "cpu". eval_data: the text to measure on, by default

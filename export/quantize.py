@@ -1,4 +1,4 @@
-"""fp32 graph -> int8 or int4: a pass over the traced graph that changes forms, never the topology.
+"""fp32 graph -> int8 or int4: a pass over the traced graph that changes the forms of its matrices.
 
 Three forms of a matrix, all of which treat each row of activations by itself, so that a text does
 not depend on its batch or on how it was cut into calls:
@@ -11,7 +11,8 @@ not depend on its batch or on how it was cut into calls:
 
 `DynamicQuantizeMatMul` would save the nodes that find a row's scale, but takes one scale for all
 rows of a call, and so couples them. Norms, biases and the position table stay float32. Knows
-nothing of models, text or files. Try: `quantize_graph(trace(model), choose_plan(config, 8))`.
+nothing of models, text or files. Try, with `statistics` of `pico_edge.export.calibrate`:
+`quantize_graph(trace(model), choose_plan(config, 8), statistics)`.
 
 Why this and not onnxruntime's quantizers: they leave `accuracy_level` unset (at 8 bits a 40 times
 slower kernel), skip `Gemm`, and store the tied table twice.
@@ -32,6 +33,7 @@ from pico_edge.config import GPTConfig
 from pico_edge.export.blocks import quantize_matrix
 from pico_edge.export.calibrate import Statistics
 from pico_edge.export.graph import array, drop_unused, initializer, replace
+from pico_edge.export.trace import MATRICES
 
 FloatArray = npt.NDArray[np.floating[Any]]
 
@@ -54,8 +56,6 @@ DEEP = 8  # layers
 SHORT_CONTEXT = 256
 # The held-out text may hold larger keys and values than the part that was looked at.
 CACHE_MARGIN = 1.1
-
-MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # of a layer, in graph order
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pico_edge.config import GPTConfig
 from pico_edge.errors import PicoEdgeError, UsageError
 from pico_edge.export import kernels
 from pico_edge.export.calibrate import Statistics
-from pico_edge.export.columns import ROWS_ARE_INDEPENDENT, quantize_columns
+from pico_edge.export.columns import quantize_columns
 from pico_edge.export.graph import array, drop_unused, initializer, replace
 from pico_edge.export.portable import trace_portable
 from pico_edge.export.quantize import Plan, choose_plan, quantize_graph
@@ -97,7 +97,7 @@ def precision_of(target: Target, bits: int | None) -> str:
 
 def rows_are_independent(target: Target, quantize: bool) -> bool:
     """Whether a row's result depends, beyond rounding, on none of the rows beside it."""
-    return ROWS_ARE_INDEPENDENT if quantize and target.weights == "columns" else True
+    return not (quantize and target.weights == "columns")
 
 
 def plan_for(config: GPTConfig, target: Target, bits: int | None) -> Plan | None:

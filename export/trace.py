@@ -31,6 +31,7 @@ OPSET_VERSION = 18
 # 8 is what opset 18 needs at least; older runtimes refuse a newer one ("Unsupported model IR
 # version").
 IR_VERSION = 8
+MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # of a layer, in graph order
 
 
 def _group_query_attention(
@@ -233,14 +234,14 @@ def _strip(traced: ir.Model) -> None:
 def _name_weights(traced: ir.Model, n_layer: int) -> None:
     """Give initializers the names of the checkpoint: transposed matrices come as val_N."""
     graph = traced.graph
-    parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     matrices = [node for node in graph if node.op_type == "MatMul" and _has_weight(node)]
-    assert len(matrices) == n_layer * len(parts), "one MatMul per linear layer"
+    assert len(matrices) == n_layer * len(MATRICES), "one MatMul per linear layer"
     for i, node in enumerate(matrices):
         weight = node.inputs[1]
         assert weight is not None
         if weight.name is not None and weight.name.startswith("val_"):
-            weight.name = f"transformer.h.{i // len(parts)}.{parts[i % len(parts)]}.weight"
+            layer, part = divmod(i, len(MATRICES))
+            weight.name = f"transformer.h.{layer}.{MATRICES[part]}.weight"
     for value in list(graph.initializers.values()):
         if value.name is not None and value.name.startswith("model."):
             value.name = value.name.removeprefix("model.")

@@ -122,9 +122,8 @@ def worth_drafting(config: GPTConfig) -> bool:
 def tokens_kept(block_size: int) -> int:
     """Tokens that stay when the window of a text is full: the newest third of it.
 
-    They are read again at each refill, and the more there are the sooner the next one comes. In
-    percent of the time of decoding (int8, one and two threads): a quarter 14 and 10, a third 22 and
-    15, a half 48 and 31.
+    They are read again at each refill, and the more there are the sooner the next one comes:
+    NOTES.md has what that costs.
     """
     return max(1, block_size // 3)
 

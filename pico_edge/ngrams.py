@@ -131,7 +131,7 @@ class NGrams:
 
 
 def max_entries(n_vocab: int) -> int:
-    """Entries that keep the JSON under MAX_BYTES. Example: 257 -> 48951."""
+    """Entries that keep the JSON under MAX_BYTES. Example: 257 -> 48967."""
     n_bytes = (MAX_BYTES - _JSON_BYTES) // 4 * 3 - 2 * _BUCKETS
     return n_bytes // (2 + np.dtype(_id_dtype(n_vocab)).itemsize)
 

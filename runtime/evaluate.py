@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pico_edge.errors import ArtefactError, UsageError
+from pico_edge.errors import UsageError
 from pico_edge.runtime.session import Session
 from pico_edge.tokenizer import Tokenizer
 
@@ -66,13 +66,7 @@ class Scored:
 
 
 def scored(session: Session) -> Scored:
-    """A model file, through the cache that generates. Raises ArtefactError if it cannot be."""
-    n_vocab, vocab_size = session.tokenizer.n_vocab, session.config.vocab_size
-    if n_vocab > vocab_size:
-        raise ArtefactError(
-            f"{session.path}: its tokenizer has {n_vocab} tokens, its model {vocab_size}: "
-            "export the checkpoint again"
-        )
+    """A model file, through the cache that generates."""
     cache = session.new_cache()
 
     def predict(window: IdArray) -> Iterator[FloatArray]:

@@ -145,11 +145,6 @@ class Model:
         )
         self.config: GPTConfig = self.session.config
         self.tokenizer: Tokenizer = self.session.tokenizer
-        if self.tokenizer.n_vocab > self.config.vocab_size:
-            raise ArtefactError(
-                f"{path}: its tokenizer has {self.tokenizer.n_vocab} tokens, its model "
-                f"{self.config.vocab_size}: export the checkpoint again"
-            )
         try:
             self.sampling = Sampling(**self.session.sampling)
         except (TypeError, UsageError) as error:

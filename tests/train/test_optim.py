@@ -40,7 +40,7 @@ def one_step(model, optimizers):
         optimizer.step()
 
 
-def test_warm_up_rises_in_equal_steps_and_the_cosine_ends_at_min_lr():
+def test_warm_up_rises_in_equal_steps_and_the_decay_ends_at_min_lr():
     rates = [
         learning_rate(step, peak=1.0, min_lr=0.1, warmup_iters=4, max_iters=13)
         for step in range(13)
