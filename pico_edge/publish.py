@@ -77,10 +77,15 @@ def publish(
     the path; then the old file is as it was, or, where only the flush of the folder failed, the new
     one is in place; no temporary file is left.
     """
-    path = Path(os.path.realpath(path))
+    path = _target(path)
     _retry(path, lambda: _replace(path, write, None if previous is None else Path(previous)))
     # Apart from the rename: done twice, that would let `previous` name the new file.
     _retry(path, lambda: _sync_folder(path.parent))
+
+
+def _target(path: str | os.PathLike[str]) -> Path:
+    """The file that is to be replaced: where a symbolic link leads, else the path as it is."""
+    return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
 
 
 def _retry(path: Path, act: Callable[[], None]) -> None:
@@ -132,7 +137,7 @@ def temporary_name(path: Path) -> Path:
 
 def remove_stale(path: str | os.PathLike[str]) -> list[Path]:
     """Delete what killed processes left of a file; that no live one writes it is for the caller."""
-    path = Path(os.path.realpath(path))
+    path = _target(path)
     prefix = temporary_name(path).name.rpartition("-")[0] + "-"
     stale = [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]
     for entry in stale:
@@ -149,7 +154,7 @@ def check_output(
     of these, for a folder that is missing or cannot be written, for a path that is a folder, a
     device or a pipe, and for one that exists if force is False.
     """
-    given, path = path, Path(os.path.realpath(path))
+    given, path = path, _target(path)
     folder = path.parent
     try:
         if not folder.is_dir():

@@ -27,7 +27,7 @@ from pico_edge.tokenizer import (
 )
 from pico_edge.train.report import Reporter, count
 from pico_edge.train.settings import choose_preset
-from pico_edge.train.text import Piece, fingerprint, read_documents, text_bytes
+from pico_edge.train.text import Piece, fingerprint, read_documents, text_bytes, utf8_bytes
 from pico_edge.train.throughput import Throughput
 
 # The trainer looks at this much text, spread over all of it. Bytes per token on 88 MB of source
@@ -40,7 +40,7 @@ DISTINCT_BYTES = 3_000_000
 # A "word" of the BPE trainer is at most this long: text without spaces would be one, and each merge
 # walks the words that it is in.
 _BPE_WORD_CHARACTERS = 4096
-CACHE_VERSION = 1  # of bpe.json: raised when the same text gives another tokenizer
+CACHE_VERSION = 2  # of bpe.json: raised when the same text gives another tokenizer
 
 
 # Vocabulary of a BPE by the preset for the text: a token should be seen a hundred times or more.
@@ -98,7 +98,10 @@ def choose_tokenizer(
     cached = None if path is None else _open_cache(path, key, reporter)
     if cached is not None:
         return cached
-    n_train = n_bytes - int(n_bytes * val_fraction)
+    n_text = n_bytes
+    if val_fraction:  # what is held out must not be looked at
+        n_text = utf8_bytes(files, encoding=encoding, text_field=text_field)
+    n_train = n_text - int(n_text * val_fraction)
     throughput = Throughput(reporter, "reading for the tokenizer", sum(map(_size, files)))
     documents = read_documents(
         files, encoding=encoding, text_field=text_field, on_read=throughput.add

@@ -2,7 +2,8 @@
 
     ckpt.pt          the model with the best held-out loss
     ckpt.run/        last.pt, last.prev.pt, metrics.jsonl, samples.txt, loss.png, token cache, lock,
-                     bpe.json (a trained tokenizer), stdin.txt (of `pico-edge train -`);
+                     bpe.json (a trained tokenizer), stdin.txt (of `pico-edge train -`; while a
+                     new run is set up, stdin.new.txt);
                      tensorboard/ where it is asked for
 
 Try: `run_paths("ckpt.pt").last` -> ckpt.run/last.pt.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,12 +38,14 @@ class RunPaths:
     image: Path
     tensorboard: Path
     stdin: Path
+    new_stdin: Path
 
 
 def run_paths(out: str | os.PathLike[str]) -> RunPaths:
     """The paths of a run by the name of its best model. Example: a/ckpt.pt -> folder a/ckpt.run."""
-    out = Path(out)
-    suffix = ".run"
+    given, out, suffix = out, Path(out), ".run"
+    if not out.name:
+        raise UsageError(f"--out is {os.fspath(given)!r}: expected the name of a file, as ckpt.pt")
     stem = os.fsencode(out.stem)[: MAX_NAME_BYTES - len(suffix)].decode("utf-8", "ignore")
     folder = out.with_name(stem + suffix)
     return RunPaths(
@@ -55,18 +59,25 @@ def run_paths(out: str | os.PathLike[str]) -> RunPaths:
         image=folder / "loss.png",
         tensorboard=folder / "tensorboard",
         stdin=folder / "stdin.txt",
+        new_stdin=folder / "stdin.new.txt",
     )
 
 
-def open_folder(paths: RunPaths, *, resume: bool, force: bool) -> None:
-    """Make the run folder. Raises UsageError, before any work, when nothing can be written."""
+def open_folder(
+    paths: RunPaths, *, resume: bool, force: bool, inputs: Sequence[str | os.PathLike[str]] = ()
+) -> None:
+    """Make the run folder. Raises UsageError, before any work, when nothing can be written.
+
+    inputs: files that are read, none of which may be the output.
+    """
     if paths.out.suffix == ".run":
         raise UsageError(f"{paths.out}: the name ends like a run folder: choose another --out")
-    publish.check_output(paths.out, force=True)
+    publish.check_output(paths.out, force=True, inputs=inputs)
     if paths.out.exists() and not (resume or force):
+        resumable = paths.last.exists() or paths.previous.exists()
+        go_on = "--resume to continue its run, " if resumable else ""
         raise UsageError(
-            f"{paths.out} exists: add --resume to continue its run, --force to start over, "
-            "or choose another --out"
+            f"{paths.out} exists: add {go_on}--force to start over, or choose another --out"
         )
     try:
         paths.folder.mkdir(exist_ok=True)
@@ -90,6 +101,7 @@ def check_old_run(paths: RunPaths, *, resume: bool, force: bool) -> None:
 
 def remove_leftovers(paths: RunPaths) -> list[Path]:
     """Delete the temporary files of killed processes; the caller holds the lock."""
+    paths.new_stdin.unlink(missing_ok=True)
     files = (paths.out, paths.last, paths.previous, paths.metrics, paths.image)
     return [stale for path in files for stale in publish.remove_stale(path)]
 

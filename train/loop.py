@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -54,12 +55,12 @@ from pico_edge.train.report import (
     read_metrics,
 )
 from pico_edge.train.resume import Progress, resume_values
-from pico_edge.train.settings import DEFAULT_MINUTES, Recipe, TrainSettings, nearest_preset
+from pico_edge.train.settings import Recipe, TrainSettings, nearest_preset
 from pico_edge.train.setup import Run, StrPath, set_up
 from pico_edge.train.signals import StopRequest, stop_requests
 from pico_edge.train.step import StepResult, divergence, memory_errors, train_step
 from pico_edge.train.text import STDIN, find_files, spool_stdin
-from pico_edge.train.verdict import Facts, Verdict, baseline, closing_lines, judge
+from pico_edge.train.verdict import Facts, SizedBy, Verdict, baseline, closing_lines, judge
 
 # Besides every evaluation: what a power cut may cost at most, in a run whose evaluations are far
 # apart.
@@ -105,15 +106,17 @@ def _train(
     if settings.tensorboard:
         require_tensorboard()
     named = [path for path in data if path != STDIN]
-    if named or not data:
-        find_files(named)  # a wrong name is refused before a folder is made
+    inputs: list[StrPath] = []
+    if named or not data:  # a wrong name is refused before a folder is made
+        inputs += find_files(named, exclude=(paths.out, paths.folder))
+    inputs += [path for path in (settings.val_data, settings.ranks) if path is not None]
     with contextlib.ExitStack() as stack:
-        workers.share(lambda: stack.enter_context(_claimed(paths, settings, reporter)))
+        workers.share(lambda: stack.enter_context(_claimed(paths, settings, inputs, reporter)))
         resume = settings.resume
+        spooled = paths.stdin if resume else paths.new_stdin
         files = workers.share(
             lambda: [
-                str(path)
-                for path in spool_stdin(data, paths.stdin, resume=resume, reporter=reporter)
+                str(path) for path in spool_stdin(data, spooled, resume=resume, reporter=reporter)
             ]
         )
         run = set_up(files, settings, paths, reporter, started=started, workers=workers)
@@ -138,9 +141,11 @@ def _train(
 
 
 @contextlib.contextmanager
-def _claimed(paths: RunPaths, settings: TrainSettings, reporter: Reporter) -> Iterator[None]:
+def _claimed(
+    paths: RunPaths, settings: TrainSettings, inputs: Sequence[StrPath], reporter: Reporter
+) -> Iterator[None]:
     """The run folder, ours alone for the time of the block, and fit to begin in."""
-    open_folder(paths, resume=settings.resume, force=settings.force)
+    open_folder(paths, resume=settings.resume, force=settings.force, inputs=inputs)
     with run_lock(paths.folder) as dead:
         if dead is not None:
             reporter.say(f"{paths.folder}: took over from {dead}, which no longer runs")
@@ -153,6 +158,8 @@ def _prepare_records(run: Run, reporter: Reporter, *, resume: bool) -> None:
     """Let the files beside the checkpoints say what this run has done up to its iteration."""
     if not resume:
         clear_old_run(run.paths)
+        if run.paths.new_stdin.exists():
+            os.replace(run.paths.new_stdin, run.paths.stdin)
         return
     cut_metrics(run.paths.metrics, run.progress.iter)
     cut_file(run.paths.samples, run.progress.samples_bytes)
@@ -416,15 +423,18 @@ class _Loop:
         except OSError as error:
             why = f"{path} could not be saved: {error.strerror or error}"
             if final:
-                raise PicoEdgeError(
-                    f"{why}: what was saved before is whole; make room, then --resume"
-                ) from error
+                paths = self.run.paths
+                saved = paths.last.exists() or paths.previous.exists()
+                advice = "what was saved before is whole; make room, then --resume"
+                if not saved:
+                    advice = "nothing was saved before; make room, and start again"
+                raise PicoEdgeError(f"{why}: {advice}") from error
             self.reporter.say(f"warning: {why}: training goes on")
 
 
 def resume_command(data: Sequence[StrPath], settings: TrainSettings) -> str:
     """The command that continues this run exactly. Example: pico-edge train data.txt --resume."""
-    words = [*_launcher(), "train", *(str(path) for path in data)]
+    words = [*_launcher(), "train", *(_as_argument(str(path)) for path in data)]
     # What the checkpoint does not decide: where things are, and what the device does.
     for name in ("out", "val_data", "device", "dtype", "threads", "sample_prompt"):
         value = getattr(settings, name)
@@ -435,6 +445,11 @@ def resume_command(data: Sequence[StrPath], settings: TrainSettings) -> str:
     if settings.tensorboard:
         words.append("--tensorboard")
     return " ".join(quote(word) for word in [*words, "--resume"])
+
+
+def _as_argument(path: str) -> str:
+    """A path that no parser takes for an option. Example: "-a.txt" -> "./-a.txt"."""
+    return f"./{path}" if path.startswith("-") and path != STDIN else path
 
 
 def _launcher() -> list[str]:
@@ -449,16 +464,14 @@ def _launcher() -> list[str]:
 def _facts(run: Run, settings: TrainSettings, command: str) -> Facts:
     """What the verdict needs beside the evaluations."""
     recipe, config, data = run.trainer.recipe, run.trainer.model.config, run.data
-    minutes = DEFAULT_MINUTES if settings.minutes is None else settings.minutes
-    if settings.resume and settings.minutes is None:
-        minutes = run.progress.elapsed_s / 60
     bytes_per_token = data.n_val_bytes / len(data.val)
     val = data.val[:BASELINE_TOKENS]
     return Facts(
         stopped=run.progress.finished or "signal",
         preset=nearest_preset(config),
         dropout=config.dropout,
-        minutes=None if settings.max_iters is not None else minutes,
+        sized_by=_sized_by(settings),
+        minutes=recipe.budget_s / 60 if recipe.budget_s else None,
         max_iters=recipe.max_iters,
         tokens_per_epoch=len(data.train),
         train_bytes=round(len(data.train) * bytes_per_token),
@@ -473,10 +486,19 @@ def _facts(run: Run, settings: TrainSettings, command: str) -> Facts:
     )
 
 
+def _sized_by(settings: TrainSettings) -> SizedBy:
+    if settings.init_from is not None:
+        return "checkpoint"
+    if settings.has_target:
+        return "target"
+    shape = (settings.n_layer, settings.n_head, settings.n_embd)
+    return "preset" if shape == (None, None, None) else "flags"
+
+
 def _result(run: Run, stop: StopRequest, command: str, verdict: Verdict) -> TrainResult:
     progress = run.progress
     return TrainResult(
-        file=None if progress.best_iter is None else str(run.paths.out),
+        file=str(run.paths.out) if progress.best_iter and run.paths.out.exists() else None,
         run_folder=str(run.paths.folder),
         stopped=progress.finished or "signal",
         signal=None if progress.finished else stop.signum,

@@ -137,6 +137,13 @@ def check_flags(
     """
     recipe = stored_recipe(checkpoint)
     check_shape_flags(checkpoint.config, checkpoint.tokenizer, settings)
+    if settings.has_target:
+        raise UsageError("a target for the device is given, the run to resume has its size")
+    config = checkpoint.config
+    for name, has in (("dropout", config.dropout), ("vocab_size", checkpoint.tokenizer.n_vocab)):
+        asked = getattr(settings, name)
+        if asked is not None and asked not in (has, getattr(config, name)):
+            raise UsageError(f"{name} is {asked}, the run to resume has {has}: leave the flag out")
     changed = _split_windows(checkpoint, recipe, settings, reporter, world_size)
     for field in dataclasses.fields(Recipe):
         asked = getattr(settings, field.name, None)
@@ -233,8 +240,12 @@ def restore(checkpoint: Checkpoint, trainer: Trainer) -> Progress:
 
 def differences(checkpoint: Checkpoint, trainer: Trainer, *, compiled: bool) -> Sequence[str]:
     """What is not as it was, such as "threads 2 -> 1"; empty where the resume is bitwise exact."""
-    before = (checkpoint.resume or {}).get("environment", {})
+    before = dict((checkpoint.resume or {}).get("environment", {}))
     now = environment(trainer, compiled=compiled)
+    split = ("batch_size", "grad_accum")
+    recipe = stored_recipe(checkpoint)
+    before |= {name: getattr(recipe, name) for name in split}
+    now |= {name: getattr(trainer.recipe, name) for name in split}
     changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
     if trainer.device.type != "cpu":
         changed.append(f"{trainer.device.type} kernels that add up in varying order")

@@ -147,6 +147,13 @@ class TrainSettings:
         _check_choice("optimizer", self.optimizer, OPTIMIZERS)
         _check_choice("device", self.device, DEVICES)
         _check_choice("dtype", self.dtype, DTYPES)
+        for name in ("val_data", "ranks", "init_from"):
+            if getattr(self, name) == "":
+                raise UsageError(f"{name} is empty: expected the name of a file")
+        if self.sample_prompt is not None and not _is_text(self.sample_prompt):
+            raise UsageError(f"sample_prompt is {self.sample_prompt!r}: expected text in UTF-8")
+        if self.val_data is not None and self.val_fraction != TrainSettings.val_fraction:
+            raise UsageError("val_data and val_fraction are both given: one says what is held out")
         if self.minutes is not None and self.max_iters is not None:
             raise UsageError("minutes and max_iters are both given: the schedule is laid over one")
         if self.ranks is not None and self.tokenizer != "gpt2":
@@ -296,6 +303,15 @@ class Recipe:
             if type(values[name]).__name__ != kind:
                 raise ArtefactError(f"training recipe: {name} is {values[name]!r}: expected {kind}")
         return cls(**values)
+
+
+def _is_text(text: str) -> bool:
+    """Whether it holds no lone surrogates, as arguments do whose bytes the locale cannot read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def choose_preset(n_bytes: int) -> str:

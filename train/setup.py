@@ -111,8 +111,11 @@ def set_up(
     device = workers.device(choose_device(settings.device))
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    files = find_files(data)
-    val_files = None if settings.val_data is None else find_files([settings.val_data])
+    written = (paths.out, paths.folder)
+    files = find_files(data, exclude=written)
+    val_files = None
+    if settings.val_data is not None:
+        val_files = find_files([settings.val_data], exclude=written)
 
     checkpoint = workers.in_turn(
         lambda: _loaded(settings, paths, reporter),
@@ -342,6 +345,9 @@ def _check_same_data(
     found = fingerprint(files)
     if val_files is not None:
         found["val"] = fingerprint(val_files)
+    if ("val" in found) != ("val" in checkpoint.data):
+        began = "with" if "val" in checkpoint.data else "without"
+        raise UsageError(f"the run began {began} --val-data: a resume needs the same")
     if found != checkpoint.data:
         raise ArtefactError(
             f"the data has changed since the run began ({found.get('bytes')} bytes, then "
@@ -354,6 +360,12 @@ def _with_stored_reading(settings: TrainSettings, checkpoint: Checkpoint) -> Tra
     """The settings with what decides how the data is read and split, from the run itself."""
     names = ("val_fraction", "encoding", "text_field")
     stored = {name: checkpoint.settings[name] for name in names if name in checkpoint.settings}
+    for name, value in stored.items():
+        asked = getattr(settings, name)
+        if asked not in (value, getattr(TrainSettings, name)):
+            raise UsageError(
+                f"{name} is {asked}, the run to resume has {value}: leave the flag out"
+            )
     return dataclasses.replace(settings, **stored)
 
 

@@ -17,7 +17,7 @@ import os
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -28,6 +28,7 @@ from pico_edge.train.report import Reporter
 from pico_edge.train.throughput import Throughput
 
 STDIN = "-"  # as a path of the data: standard input
+RUN_SUFFIXES = (".run", ".pt", ".onnx")  # of what runs and exports write
 
 _CHUNK_BYTES = 1 << 20
 # A file up to this size is hashed whole, a longer one in this many blocks spread over it.
@@ -102,31 +103,60 @@ class _Copy:
         self._reporter.end_progress()
 
 
-def find_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+def find_files(
+    paths: Iterable[str | os.PathLike[str]], *, exclude: Iterable[Path] = ()
+) -> list[Path]:
     """The files named: files, folders (all below, sorted, hidden ones not), globs; each once.
 
-    Raises ArtefactError naming a path that is missing, or a folder or glob without files.
+    What folders and globs hold of runs (their folders, .pt and .onnx files) is no text and left
+    out, and so is `exclude`: the files and folders that this run writes. Raises ArtefactError
+    naming a path that is missing, or a folder or glob without files, UsageError for an empty path.
     """
-    files: dict[Path, None] = {}
+    excluded = {path.resolve() for path in exclude}
+    files: dict[tuple[int, int], Path] = {}  # by device and inode
     for given in paths:
+        if not os.fspath(given):
+            raise UsageError("an empty path is among the data: name a text file, folder or glob")
         path = Path(given)
-        matches = [path] if path.exists() else [Path(p) for p in sorted(_glob(os.fspath(given)))]
-        found = [file for match in matches for file in _files_at(match)]
-        if not matches:
-            raise ArtefactError(f"{given} does not exist: expected a text file, a folder or a glob")
+        try:
+            matches = [path] if path.exists() else _glob(os.fspath(given), excluded)
+            found = [file for match in matches for file in _files_at(match, excluded)]
+            if not matches:
+                raise ArtefactError(
+                    f"{given} does not exist: expected a text file, a folder or a glob"
+                )
+        except OSError as error:  # a name that is too long
+            raise ArtefactError(f"{given}: {error.strerror}: expected a text file") from error
         if not found:
             raise ArtefactError(f"{given}: no files in it: expected text files")
-        files.update(dict.fromkeys(found))
+        for file in found:
+            status = file.stat()
+            files.setdefault((status.st_dev, status.st_ino), file)
     if not files:
         raise UsageError("no data given: name at least one text file, folder or glob")
-    return list(files)
+    return list(files.values())
 
 
-def _glob(pattern: str) -> list[str]:
-    return glob.glob(pattern, recursive=True) if glob.has_magic(pattern) else []
+def _glob(pattern: str, excluded: Container[Path]) -> list[Path]:
+    if not glob.has_magic(pattern):
+        return []
+    named = Path(pattern).parts  # a run folder among these is meant
+    return [
+        path
+        for path in map(Path, sorted(glob.glob(pattern, recursive=True)))
+        if all(
+            _may_be_text(part, excluded) for part in (path, *path.parents) if part.name not in named
+        )
+    ]
 
 
-def _files_at(path: Path) -> list[Path]:
+def _may_be_text(path: Path, excluded: Container[Path]) -> bool:
+    """Whether what was found, not named, may be data: nothing that a run has written."""
+    is_of_a_run = path.suffix in RUN_SUFFIXES and (path.suffix != ".run" or path.is_dir())
+    return not (is_of_a_run or path.resolve() in excluded)
+
+
+def _files_at(path: Path, excluded: Container[Path] = ()) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -135,9 +165,13 @@ def _files_at(path: Path) -> list[Path]:
         )
     files: list[Path] = []
     for folder, folders, names in os.walk(path):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and _may_be_text(Path(folder, name), excluded)
+        )
         candidates = (Path(folder, name) for name in sorted(names) if not name.startswith("."))
-        files.extend(file for file in candidates if file.is_file())
+        files.extend(file for file in candidates if file.is_file() and _may_be_text(file, excluded))
     return files
 
 
@@ -195,7 +229,7 @@ def read_documents(
         _check_encoding(encoding)
     for path in files:
         chunks = _decode(path, encoding, on_read)
-        if path.name.lower().removesuffix(".gz").endswith(".jsonl"):
+        if _is_jsonl(path):
             for text in _json_lines(path, chunks, text_field):
                 yield from _cut([text])
         else:
@@ -206,7 +240,7 @@ def _check_encoding(encoding: str) -> None:
     try:
         "".encode(encoding)  # refuses codecs that are no encodings of text, such as base64
         codecs.getincrementaldecoder(encoding)
-    except LookupError as error:
+    except (LookupError, UnicodeError) as error:
         raise UsageError(f"encoding {encoding!r}: {error}: expected one such as latin-1") from error
 
 
@@ -274,6 +308,12 @@ def _decode(
                 f"{path}: byte offset {offset - held + error.start}: {found} is not {name}: "
                 "expected text: name its encoding with --encoding, such as latin-1"
             ) from error
+        except UnicodeError as error:  # utf-16 and utf-32 want a mark that says their byte order
+            raise ArtefactError(
+                f"{path}: {error}: name the byte order too, as in --encoding utf-16-le"
+            ) from error
+        if encoding is not None:  # some codecs, such as unicode_escape, make half a character
+            text = without_surrogates(text)
         offset += len(chunk)
         if at_start and text:
             text = text.removeprefix("\ufeff") if encoding is not None else text
@@ -307,8 +347,29 @@ def _json_lines(path: Path, chunks: Iterable[str], text_field: str) -> Iterator[
                 f"{path}: line {number} has no text in a field {text_field!r}: expected "
                 f'{{"{text_field}": "..."}}: name the field with --text-field'
             )
-        # JSON can spell lone surrogates, which are no characters.
-        yield text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        yield without_surrogates(text)
+
+
+def without_surrogates(text: str) -> str:
+    """The text with U+FFFD in the place of lone surrogates, which are no characters."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def utf8_bytes(files: Sequence[Path], *, encoding: str | None, text_field: str) -> int:
+    """UTF-8 bytes of the text, but for marks: file sizes where these say it, else all is read."""
+    if encoding is None and not any(_is_jsonl(file) or _has_wide_mark(file) for file in files):
+        return text_bytes(files)
+    documents = read_documents(files, encoding=encoding, text_field=text_field)
+    return sum(len(text.encode()) for text, _ in documents)
+
+
+def _has_wide_mark(path: Path) -> bool:
+    first = next(_read_chunks(path, None), b"")
+    return any(first.startswith(mark) for mark, name in _BYTE_ORDER_MARKS if name != "utf-8")
+
+
+def _is_jsonl(path: Path) -> bool:
+    return path.name.lower().removesuffix(".gz").endswith(".jsonl")
 
 
 def _lines(chunks: Iterable[str]) -> Iterator[str]:

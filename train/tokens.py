@@ -187,6 +187,11 @@ def prepare_tokens(
     if val_files is None:
         # nanoGPT's split: int(0.9 * n) to train on.
         n_train = min(int(n_total * (1 - val_fraction)), n_total - needed)
+        if n_train < needed <= n_total // 2:
+            raise ArtefactError(
+                f"val_fraction {val_fraction:g} leaves {n_train} of {n_total} tokens to train on, "
+                f"needed {needed} (block_size + 1): lower --val-fraction, or --block-size"
+            )
         if n_train < needed:
             raise ArtefactError(
                 f"too little data: found {n_total} tokens, needed {2 * needed} (block_size + 1 to "

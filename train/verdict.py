@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -40,16 +40,21 @@ RISE = 0.15  # of the training loss above its lowest
 LEARNT = 0.03  # below the baseline
 SAMPLE_LINES = 6
 
+SizedBy = Literal["preset", "flags", "target", "checkpoint"]
+
 
 @dataclass(frozen=True)
 class Facts:
     """What the rows do not say. minutes: of the schedule, None where iterations were asked for.
+
+    sized_by: what decided how large the model is; advice on its size must not contradict that.
 
     baseline_bits_per_byte: held out, of `baseline`. train_bytes: of the text trained on.
     """
 
     stopped: str
     preset: str
+    sized_by: SizedBy
     dropout: float
     minutes: float | None
     max_iters: int
@@ -102,7 +107,7 @@ def judge(rows: Sequence[Mapping[str, Any]], facts: Facts) -> Verdict:
             f"smaller steps: --learning-rate {facts.learning_rate / 4:.1g} --force",
         )
     if curve.best_bits_per_byte > (1 - LEARNT) * facts.baseline_bits_per_byte and not by_heart:
-        return _learnt_nothing(curve, facts)
+        return _learnt_nothing(rows, curve, facts)
     if by_heart:
         return _memorised(rows, curve, facts)
     if curve.fall > NOISE:
@@ -136,12 +141,12 @@ def _by_heart(curve: Curve) -> bool:
     return curve.fall <= NOISE and curve.train_loss < (1 - WIDE_GAP) * curve.val_loss
 
 
-def _learnt_nothing(curve: Curve, facts: Facts) -> Verdict:
+def _learnt_nothing(rows: Sequence[Mapping[str, Any]], curve: Curve, facts: Facts) -> Verdict:
     finding = (
         f"nothing learnt yet: {curve.best_bits_per_byte:.2f} bits/byte, and guessing by how often "
         f"each token occurs gives {facts.baseline_bits_per_byte:.2f}"
     )
-    if curve.fall > NOISE:
+    if curve.fall > NOISE or rows[-1]["tokens"] < facts.tokens_per_epoch:
         return Verdict("learnt_nothing", finding, _faster(facts))
     advice = "look at the text: compressed, encrypted or random data has no pattern to learn"
     return Verdict("learnt_nothing", finding, advice)
@@ -161,11 +166,11 @@ def _memorised(rows: Sequence[Mapping[str, Any]], curve: Curve, facts: Facts) ->
         f"overfits: since iteration {curve.best_iter} it learns the {size(facts.train_bytes)} by "
         f"heart, {curve.train_loss:.2f} on these, {curve.val_loss:.2f} held out"
     )
-    smaller = _smaller(facts.preset)
+    smaller = _smaller(facts)
     if facts.dropout < 0.1:
         other = "; else --dropout 0.2 --force"
     elif smaller is not None:
-        other = f"; else a smaller model: --preset {smaller} --force"
+        other = f"; else a smaller model: {smaller} --force"
     else:
         other = ""
     return Verdict("overfit", finding, f"more text of this kind{other}")
@@ -182,24 +187,20 @@ def _improving(curve: Curve, facts: Facts) -> Verdict:
 
 def _converged(curve: Curve, facts: Facts) -> Verdict:
     finding = "converged: the held-out loss has stopped falling"
-    larger = _larger(facts.preset)
+    larger = _larger(facts)
     if curve.train_loss < (1 - GAP) * curve.val_loss:
         return Verdict("converged", finding, "more text of this kind")
     if larger is None:
-        return Verdict("converged", finding, "more text, and a wider model: --n-embd")
-    return Verdict(
-        "converged",
-        finding,
-        f"a larger model: --preset {larger} {_more_time(facts, 2)}",
-    )
+        anew = facts.sized_by == "checkpoint"
+        larger = "a larger model, trained anew" if anew else "a wider model: --n-embd"
+        return Verdict("converged", finding, f"more text, and {larger}")
+    return Verdict("converged", finding, f"a larger model: {larger} {_more_time(facts, 2)}")
 
 
 def _faster(facts: Facts) -> str:
     """For a run that ended far from the end of what it can learn."""
-    smaller = _smaller(facts.preset)
-    other = (
-        "" if smaller is None else f"; or a model that learns faster: --preset {smaller} --force"
-    )
+    smaller = _smaller(facts)
+    other = "" if smaller is None else f"; or a model that learns faster: {smaller} --force"
     return f"more time: {_more_time(facts, 4)}{other}"
 
 
@@ -209,16 +210,28 @@ def _more_time(facts: Facts, factor: int) -> str:
     return f"--minutes {factor * facts.minutes:.3g} --force"
 
 
-def _smaller(preset: str) -> str | None:
+def _smaller(facts: Facts) -> str | None:
+    """The flags of the next smaller model; None where there is none, or no flag changes it."""
     names = list(PRESETS)
-    place = names.index(preset)
-    return names[place - 1] if place > 0 else None
+    place = names.index(facts.preset)
+    return {
+        "preset": f"--preset {names[place - 1]}" if place > 0 else None,
+        "flags": "a lower --n-layer or --n-embd,",
+        "target": "a lower --target-bytes or a higher --target-tokens-per-second,",
+        "checkpoint": None,
+    }[facts.sized_by]
 
 
-def _larger(preset: str) -> str | None:
+def _larger(facts: Facts) -> str | None:
+    """As `_smaller`, of the next larger model."""
     names = list(PRESETS)
-    place = names.index(preset)
-    return names[place + 1] if place + 1 < len(names) else None
+    place = names.index(facts.preset)
+    return {
+        "preset": f"--preset {names[place + 1]}" if place + 1 < len(names) else None,
+        "flags": "a higher --n-layer or --n-embd,",
+        "target": "a higher --target-bytes or a lower --target-tokens-per-second,",
+        "checkpoint": None,
+    }[facts.sized_by]
 
 
 def baseline(train: np.ndarray, val: np.ndarray, *, n_vocab: int, n_val_bytes: int) -> float:
@@ -265,6 +278,8 @@ def closing_lines(
     if result.file is not None:
         lines.append(f"wrote {result.file}")
         lines.append(f"next: pico-edge export {quote(result.file)} --quantize")
+    elif result.best_iter is not None:
+        lines.append("the best model is not where it was saved: train again, with --force")
     return lines
 
 

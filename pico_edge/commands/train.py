@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from pico_edge.errors import UsageError
+from pico_edge.runtime.threads import fixed_threads
 from pico_edge.terminal import (
     Debug,
     Json,
@@ -187,7 +188,7 @@ def train(
         device=device,
         dtype=dtype,
         compile=compile_,
-        threads=_thread_count(threads),
+        threads=fixed_threads(threads),
         seed=seed,
         resume=resume,
         init_from=init_from,
@@ -215,13 +216,7 @@ def _byte_count(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", text.strip(), re.IGNORECASE | re.ASCII)
     if found is None:
         raise UsageError(f"target_bytes is {text!r}: expected a size such as 5000, 800kB or 8MB")
-    return int(float(found[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[found[2].lower()])
-
-
-def _thread_count(text: str) -> int | None:
-    """None for "auto". Raises UsageError."""
-    if text == "auto":
-        return None
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"threads is {text!r}: expected a whole number of at least 1, or auto")
-    return int(text)
+    n_bytes = float(found[1]) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[found[2].lower()]
+    if not n_bytes < 1 << 63:
+        raise UsageError(f"target_bytes is {text[:40]}...: expected a size such as 800kB or 8MB")
+    return int(n_bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import codecs
 import collections
 import hashlib
 import io
@@ -158,6 +159,24 @@ def test_the_tokenizer_is_not_trained_on_the_tail_held_out(tmp_path: Path) -> No
     whole = choose_tokenizer("bpe", [path], vocab_size=300, val_fraction=0.0)
     assert isinstance(half, BPETokenizer) and isinstance(whole, BPETokenizer)
     assert b"zq" in whole.tokens and b"zq" not in half.tokens
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "utf-16", "latin-1"])
+def test_what_is_held_out_trains_no_tokenizer_in_any_format(kind: str, tmp_path: Path) -> None:
+    text = ENGLISH * 100 + "Zqxwvutrstu " * (ENGLISH.count("") * 100 // 9 // 12)
+    path, options = tmp_path / "a.txt", {}
+    if kind == "jsonl":
+        path = tmp_path / "a.jsonl"
+        lines = [json.dumps({"text": line, "meta": "x" * 300}) for line in text.splitlines(True)]
+        write(path, "\n".join(lines))
+    elif kind == "utf-16":
+        write(path, codecs.BOM_UTF16_LE + text.encode("utf-16-le"))
+    else:
+        write(path, text)
+        options = {"encoding": kind} if kind == "latin-1" else {}
+    made = choose_tokenizer("bpe", [path], vocab_size=1000, val_fraction=0.12, **options)
+    assert isinstance(made, BPETokenizer)
+    assert not any(b"Zq" in token for token in made.tokens)
 
 
 def test_tokenizers_are_chosen_by_name(tmp_path: Path) -> None:

@@ -289,3 +289,50 @@ def test_reading_tells_the_bytes_taken_from_the_disk(tmp_path: Path) -> None:
         pass
     assert sum(told) == sum(file.stat().st_size for file in files)
     assert max(told) <= (1 << 20) + (1 << 17)
+
+
+def test_what_runs_write_is_no_data_unless_it_is_named(tmp_path: Path) -> None:
+    data = write(tmp_path / "data.txt", ENGLISH)
+    out, run = write(tmp_path / "mine", b"PK"), tmp_path / "mine.d"
+    run.mkdir()
+    write(run / "lock", "{}")
+    write(tmp_path / "old.pt", b"PK")
+    write(tmp_path / "model.onnx", b"\x08")
+    (tmp_path / "old.run").mkdir()
+    kept = write(tmp_path / "old.run" / "stdin.txt", ENGLISH)
+    for given in (tmp_path, tmp_path / "*", tmp_path / "**"):
+        assert find_files([given], exclude=[out, run]) == [data]
+    assert find_files([tmp_path / "old.run"]) == find_files([tmp_path / "old.run" / "*"]) == [kept]
+    assert find_files([kept, run / "lock"], exclude=[run]) == [kept, run / "lock"]
+
+
+def test_a_file_counts_once_by_whatever_name(tmp_path: Path) -> None:
+    data = write(tmp_path / "data.txt", ENGLISH)
+    os.link(data, tmp_path / "twin.txt")
+    (tmp_path / "link.txt").symlink_to("data.txt")
+    assert find_files([data, tmp_path, tmp_path / "link.txt"]) == [data]
+
+
+def test_names_that_are_none_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "data.txt", ENGLISH)
+    with pytest.raises(UsageError, match="an empty path is among the data"):
+        find_files([tmp_path, ""])
+    with pytest.raises(ArtefactError, match=os.strerror(errno.ENAMETOOLONG)):
+        find_files([tmp_path / ("x" * 300)])
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_a_byte_order_that_is_not_told_is_asked_for(encoding: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", ENGLISH.encode(f"{encoding}-le"))
+    with pytest.raises(
+        ArtefactError, match=r"a\.txt: UTF-\d+ stream does not start with BOM: name"
+    ):
+        documents([path], encoding=encoding)
+    assert documents([path], encoding=f"{encoding}-le") == [ENGLISH]
+
+
+def test_encodings_that_are_none_and_half_characters(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", r"a\ud800b")
+    with pytest.raises(UsageError, match="encoding 'undefined'"):
+        documents([path], encoding="undefined")
+    assert documents([path], encoding="unicode_escape") == ["a\ufffdb"]

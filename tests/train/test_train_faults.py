@@ -22,7 +22,7 @@ from pico_edge.errors import DivergedError, PicoEdgeError, UsageError
 from pico_edge.train.batches import batch
 from pico_edge.train.checkpoint import load_checkpoint
 from pico_edge.train.lock import run_lock
-from pico_edge.train.loop import train
+from pico_edge.train.loop import resume_command, train
 from pico_edge.train.model import GPT
 from pico_edge.train.optim import make_optimizers
 from pico_edge.train.report import Reporter
@@ -645,3 +645,120 @@ def test_ctrl_c_while_tokenizing_leaves_nothing_half_written(folder):
     assert process.returncode == 130 and "Traceback" not in err, err
     assert leftovers(folder) == []
     assert {file.name for file in run.iterdir()} <= {"bpe.json", "lock"}
+
+
+def test_a_folder_that_holds_its_own_run_is_resumed_and_begun_again(folder, capsys):
+    n = (folder / "data.txt").stat().st_size
+    for flags in ((), ("--resume",), ("--force",)):
+        code, _, err = pico_edge(capsys, "train", ".", *FLAGS, *flags)
+        assert code == 0, err
+        assert (folder / "ckpt.run" / "tokens.bin").stat().st_size == 2 * n
+
+
+def test_the_data_is_never_the_output(folder, capsys):
+    (folder / "val.txt").write_text("over the lazy dog " * 40)
+    before = (folder / "data.txt").read_bytes()
+    for out in ("data.txt", "./data.txt", "val.txt"):
+        flags = ("--val-data", "val.txt", "--force", "--out", out)
+        assert "is read, so it cannot be --out too" in refused(
+            capsys, 2, "data.txt", *FLAGS, *flags
+        )
+    assert (folder / "data.txt").read_bytes() == before
+
+
+@pytest.mark.parametrize("out", ["", ".", "/"])
+def test_an_output_without_a_name_is_refused(out, folder, capsys):
+    assert "expected the name of a file" in refused(capsys, 2, "data.txt", *FLAGS, "--out", out)
+
+
+@pytest.mark.parametrize("flag", ["--val-data", "--init-from"])
+def test_an_empty_name_is_not_this_folder(flag, folder, capsys):
+    name = flag[2:].replace("-", "_")
+    assert f"{name} is empty" in refused(capsys, 2, "data.txt", *FLAGS, flag, "")
+    assert "an empty path" in refused(capsys, 2, "", *FLAGS)
+
+
+def test_a_failed_start_over_from_a_pipe_leaves_the_run_before_resumable(
+    folder, capsys, monkeypatch
+):
+    def piped(content, *flags):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        return pico_edge(capsys, "train", "-", *FLAGS, *flags)
+
+    text = (folder / "data.txt").read_bytes()
+    assert piped(text)[0] == 0
+    assert piped(b"", "--force")[0] == 3
+    assert (folder / "ckpt.run" / "stdin.txt").read_bytes() == text
+    assert piped(b"", "--resume")[0] == 0
+    assert piped(text[:900], "--force")[0] == 0
+    assert (folder / "ckpt.run" / "stdin.txt").read_bytes() == text[:900]
+    assert not (folder / "ckpt.run" / "stdin.new.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dropout", "0"], "dropout is 0.0, the run to resume has 0.2: leave the flag out"),
+        (["--vocab-size", "5000"], "vocab_size is 5000, the run to resume has 257"),
+        (["--target-bytes", "1MB"], "a target for the device is given"),
+        (["--val-fraction", "0.5"], "val_fraction is 0.5, the run to resume has 0.1"),
+        (["--encoding", "latin-1"], "encoding is latin-1, the run to resume has None"),
+        (["--text-field", "zz"], "text_field is zz, the run to resume has text"),
+        (["--val-data", "data.txt"], "the run began without --val-data"),
+    ],
+)
+def test_a_resume_refuses_what_it_would_not_do(flags, message, folder, capsys):
+    if not (folder / "ckpt.pt").exists():
+        assert pico_edge(capsys, "train", "data.txt", *FLAGS, "--dropout", "0.2")[0] == 0
+    assert message in refused(capsys, 2, "data.txt", "--resume", *flags)
+
+
+def test_another_split_of_a_step_is_not_called_exact(folder, capsys):
+    pico_edge(capsys, "train", "data.txt", *FLAGS)
+    code, _, err = pico_edge(
+        capsys, "train", "data.txt", "--resume", "--batch-size", "1", "--threads", "1"
+    )
+    assert code == 0
+    assert "statistically equivalent (batch_size 2 -> 1, grad_accum 1 -> 2)" in err
+    assert "bit by bit" not in err
+
+
+def test_a_best_model_that_was_deleted_is_not_said_to_be_written(folder, capsys):
+    pico_edge(capsys, "train", "data.txt", *FLAGS)
+    (folder / "ckpt.pt").unlink()
+    code, out, err = pico_edge(capsys, "train", "data.txt", "--resume", "--json")
+    assert (code, json.loads(out)["file"]) == (0, None)
+    assert "wrote" not in err and "the best model is not where it was saved" in err
+
+
+def test_a_model_alone_is_not_said_to_be_resumable(folder, capsys):
+    pico_edge(capsys, "train", "data.txt", *FLAGS)
+    shutil.rmtree(folder / "ckpt.run")
+    said = refused(capsys, 2, "data.txt", *FLAGS)
+    assert said == "error: ckpt.pt exists: add --force to start over, or choose another --out"
+
+
+def test_a_held_out_share_that_leaves_nothing_to_train_on_is_named(folder, capsys):
+    said = refused(capsys, 3, "data.txt", *FLAGS, "--val-fraction", "0.999")
+    assert "val_fraction 0.999 leaves" in said and "lower --val-fraction" in said
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--threads", "99999999999"],
+        ["--target-bytes", "9" * 400],
+        ["--sample-prompt", "\udcff"],
+        ["--val-data", "data.txt", "--val-fraction", "0.2"],
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused_before_work(flags, folder, capsys):
+    given = FLAGS[:-2] if flags[0] == "--threads" else FLAGS
+    given = given[8:] if flags[0] == "--target-bytes" else given
+    refused(capsys, 2, "data.txt", *given, *flags)
+    assert [path.name for path in folder.iterdir()] == ["data.txt"]
+
+
+def test_a_name_like_a_flag_is_resumed_by_the_printed_command():
+    command = resume_command(["-a.txt", "-", "b.txt"], TrainSettings())
+    assert command == "pico-edge train ./-a.txt - b.txt --resume"

@@ -12,6 +12,7 @@ from pico_edge.train.verdict import WORDS, Facts, Verdict, baseline, closing_lin
 FACTS = Facts(
     stopped="max_iters",
     preset="micro",
+    sized_by="preset",
     dropout=0.0,
     minutes=2.0,
     max_iters=1000,
@@ -202,3 +203,27 @@ def test_after_a_signal_the_last_line_is_the_command_that_continues():
     lines = closing_lines(result, Verdict("unfinished", "", ""), patience=8, sample=None)
     assert lines[-1] == "  pico-edge train data.txt --resume"
     assert not any("verdict" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("sized_by", "larger", "faster"),
+    [
+        ("preset", "--preset mini --minutes 4 --force", "--preset nano --force"),
+        ("flags", "a higher --n-layer or --n-embd, --minutes 4", "a lower --n-layer or --n-embd,"),
+        ("target", "a higher --target-bytes or a lower", "a lower --target-bytes or a higher"),
+        ("checkpoint", "more text, and a larger model, trained anew", "more time"),
+    ],
+)
+def test_advice_on_the_size_contradicts_no_flag_of_the_run(sized_by, larger, faster):
+    assert larger in judge(rows(FLAT, FLAT), facts(sized_by=sized_by)).advice
+    advice = judge(rows(FALLS[:2], FALLS[:2]), facts(sized_by=sized_by)).advice
+    assert faster in advice
+    assert ("--preset" in advice) == (sized_by == "preset")
+
+
+def test_a_run_that_has_not_read_its_text_once_says_nothing_of_the_text():
+    nothing = rows([4.8] * 4, [4.8] * 4)
+    judged = facts(baseline_bits_per_byte=4.8)
+    assert "compressed, encrypted or random" in judge(nothing, judged).advice
+    early = dataclasses.replace(judged, tokens_per_epoch=10**6)
+    assert judge(nothing, early).advice.startswith("more time")
