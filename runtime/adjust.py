@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -147,5 +148,5 @@ def resolve_banned(banned: Sequence[Token] | Token | None, tokenizer: Tokenizer)
     """banned_tokens by id; a single token may stand for a list of one. Raises UsageError."""
     if banned is None:
         return []
-    tokens = banned if isinstance(banned, list | tuple) else [banned]
+    tokens: Sequence[Any] = banned if isinstance(banned, list | tuple) else [banned]
     return [token_of("banned_tokens", token, tokenizer) for token in tokens]
