@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from time import perf_counter as clock
-from time import process_time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,9 +57,9 @@ class Cache:
     """
 
     def __init__(
-        self, session: Session, batch: int, capacity: int, threads: int | None = None
+        self, session: Session, batch: int, capacity: int, ort_session: Any = None
     ) -> None:
-        """threads: run on so many, instead of those that the session's pace chooses."""
+        """ort_session: one of the session's, instead of the one its pace chooses."""
         config = session.config
         if batch < 1:
             raise UsageError(f"batch is {batch}: expected 1 or more")
@@ -69,9 +68,9 @@ class Cache:
                 f"capacity is {capacity}: expected 1 to block_size, {config.block_size} tokens"
             )
         self.session = session
-        self._pace = session.pace if threads is None else None
-        self._threads = threads or session.threads
-        self._ort = session.with_threads(self._threads)
+        self._pace = session.pace if ort_session is None else None
+        self._threads = session.threads
+        self._ort = ort_session or session.with_threads(self._threads)
         self.batch = batch
         self.capacity = capacity
         self.lengths = [0] * batch
@@ -91,15 +90,15 @@ class Cache:
             self._arrays = []  # the values are copies on the device
         self._row_bytes = int(np.prod(shape[1:])) * session.cache_dtype.itemsize
         self._row_shape = (1, *shape[1:])
-        # By threads and row, None for all rows; made when first used, since that takes 50 us.
-        self._bindings: dict[tuple[int, int | None], Any] = {}
+        self._row_bindings: dict[int, Any] = {}
+        self._binding: Any = None  # of all rows, for prompts and for decode
         self._verifications: dict[int, _Verification] = {}  # by number of tokens
         self._bind_decode()
 
     def _bind_decode(self) -> None:
         """Make the inputs of `decode`, one token per row, written in place at every step."""
         session, batch = self.session, self.batch
-        self._decode_binding: Any = None  # that of all rows, while its inputs are those of decode
+        self._bound_to_decode = False  # the small inputs and logits of _binding are those of decode
         self._ids = np.zeros(batch, np.int64)
         self._positions = np.zeros(batch, np.int64)
         self._total = np.zeros((), np.int32)
@@ -142,8 +141,8 @@ class Cache:
             return self._replay(row, ids, wanted)
         chunk = self._checked([ids])
         logits: FloatArray = np.empty((len(wanted), self._vocab_size), self.session.logits_dtype)
-        self._run_prompt(
-            row,
+        self._run(
+            self._row_binding(row),
             _small_inputs(
                 chunk,
                 np.arange(past, past + n, dtype=np.int64)[None],  # (1, S)
@@ -177,11 +176,12 @@ class Cache:
         else:
             self._ids[:], self._positions[:], self._seqlens[:] = token_ids, lengths, lengths
         self._total[()] = longest + 1
-        binding = self._decode_binding
-        if binding is None:
-            binding = self._decode_binding = self._binding_of(self._threads, None)
+        binding = self._binding
+        if not self._bound_to_decode:
+            binding = self._whole_binding()
             _bind_inputs(binding, self._decode_inputs)
             binding.bind_ortvalue_output(artefact.LOGITS, self._decode_output)
+            self._bound_to_decode = True
         elif self.session.device != "cpu":
             _bind_inputs(binding, self._decode_inputs)  # off the CPU, binding is what copies them
         self._run_paced(binding)
@@ -223,23 +223,23 @@ class Cache:
         """Run, and where the number of threads may change, say how long it took."""
         pace = self._pace
         if pace is None:
-            self._call(self._ort, binding)
+            self._call(binding)
             return
         started = clock()
-        self._call(self._ort, binding)
+        self._call(binding)
         pace.record(clock() - started, self._threads)
         if pace.threads != self._threads:
             self._change_threads(pace.threads)
 
-    def _call(self, ort_session: Any, binding: Any) -> None:
+    def _call(self, binding: Any) -> None:
         """Raises MemoryError for want of memory, PicoEdgeError when onnxruntime fails otherwise."""
         lock = self.session.one_at_a_time
         try:
             if lock is None:
-                ort_session.run_with_iobinding(binding)
+                self._ort.run_with_iobinding(binding)
             else:
                 with lock:
-                    ort_session.run_with_iobinding(binding)
+                    self._ort.run_with_iobinding(binding)
         except RUN_ERRORS as error:
             reason = str(error).splitlines()[0]
             if any(words in reason for words in NO_MEMORY):
@@ -257,7 +257,7 @@ class Cache:
             self._pace = self.session.pace = None  # no memory for it, or a new file: as before
             return
         self._threads = threads
-        self._decode_binding = None
+        self._binding, self._row_bindings, self._bound_to_decode = None, {}, False
         self._verifications = {}
 
     def truncate(self, row: int, length: int) -> None:
@@ -295,7 +295,8 @@ class Cache:
         self._values = [
             ort.OrtValue.ortvalue_from_numpy(array, self.session.device) for array in self._arrays
         ]
-        self._bindings, self._verifications = {}, {}
+        self._row_bindings, self._verifications = {}, {}
+        self._binding = None
         self._bind_decode()
         return list(range(self.batch))
 
@@ -324,8 +325,8 @@ class Cache:
         S = ids.shape[1]
         out_index = [b * S + s for b, places in enumerate(wanted) for s in places]
         logits: FloatArray = np.empty((len(out_index), self._vocab_size), self.session.logits_dtype)
-        self._run_prompt(
-            None,
+        self._run(
+            self._whole_binding(),
             _small_inputs(
                 ids,
                 np.tile(np.arange(S, dtype=np.int64), (self.batch, 1)),  # (B, S)
@@ -351,34 +352,29 @@ class Cache:
         self.lengths[row] += len(ids)
         return logits
 
-    def _run_prompt(self, row: int | None, inputs: dict[str, Any], logits: FloatArray) -> None:
-        """A call of many tokens, for one row or all, on as many threads as the pace has for it."""
-        pace, threads = self._pace, self._threads
-        if pace is not None:
-            n_tokens = int(np.prod(inputs[artefact.INPUT_IDS].shape()))
-            threads = pace.threads_for_prompt(n_tokens, threads)
-        binding = self._binding_of(threads, row)
-        if binding is self._decode_binding:
-            self._decode_binding = None
+    def _run(self, binding: Any, inputs: dict[str, Any], logits: FloatArray) -> None:
+        if binding is self._binding:
+            self._bound_to_decode = False
         _bind_inputs(binding, inputs)
         output = ort.OrtValue.ortvalue_from_numpy(logits)
         binding.bind_ortvalue_output(artefact.LOGITS, output)
-        if pace is None or threads == self._threads:
-            self._call(self._ort, binding)
-        else:
-            started, cpu_started = clock(), process_time()
-            self._call(self.session.with_threads(threads), binding)
-            pace.record_prompt(clock() - started, process_time() - cpu_started)
+        self._call(binding)
         if self.session.device != "cpu":
             binding.synchronize_outputs()
 
-    def _binding_of(self, threads: int, row: int | None) -> Any:
-        """With the memory of all rows, or of one row as a cache of batch 1."""
-        key = (threads, None if self.batch == 1 else row)
-        if key not in self._bindings:
-            binding = self.session.with_threads(threads).io_binding()
-            self._bindings[key] = self._bind_caches(binding, key[1])
-        return self._bindings[key]
+    def _whole_binding(self) -> Any:
+        """The binding with the memory of all rows; one, since making it takes 50 us."""
+        if self._binding is None:
+            self._binding = self._bind_caches(self._ort.io_binding(), None)
+        return self._binding
+
+    def _row_binding(self, row: int) -> Any:
+        """A binding with the memory of one row as a cache of batch 1."""
+        if self.batch == 1:
+            return self._whole_binding()
+        if row not in self._row_bindings:
+            self._row_bindings[row] = self._bind_caches(self._ort.io_binding(), row)
+        return self._row_bindings[row]
 
     def _bind_caches(self, binding: Any, row: int | None) -> Any:
         """Bind the cache, whole or one row of it, as past and as present: the same memory."""

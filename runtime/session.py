@@ -153,7 +153,7 @@ class Session:
 
     def _step_s(self, threads: int) -> float:
         """Seconds of a step with so many threads, the median of a few."""
-        cache = Cache(self, 1, 1, threads=threads)
+        cache = Cache(self, 1, 1, ort_session=self.with_threads(threads))
         times = []
         for _ in range(TIMED_STEPS):
             cache.truncate(0, 0)

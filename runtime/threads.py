@@ -31,7 +31,6 @@ BETTER = 0.95  # of the time of a step: less is not worth a change
 # Until another number is tried again: doubled each time, so that trials cost a tenth of the time
 # at first and a hundredth in the end.
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 4.0
-PROMPT_TOKENS = 16  # in one call, from which on all threads are the faster ones at 4 x 128
 
 
 class Pace:
@@ -54,7 +53,6 @@ class Pace:
         self._crowded_s = 0.0  # since a stretch was quiet
         self._wait_s = FIRST_WAIT_S
         self._try_at = 0.0
-        self._prompt_wait_s, self._prompt_at = FIRST_WAIT_S, 0.0  # as for steps
         self._begin(self.threads)
 
     def _begin(self, threads: int) -> None:
@@ -73,23 +71,6 @@ class Pace:
             self._crowded_s = self._crowded_s + self._wall_s if share < QUIET_SHARE else 0.0
             self._judge(self._wall_s / self._steps, threads)
             self._begin(threads)
-
-    def threads_for_prompt(self, n_tokens: int, threads: int) -> int:
-        """The number for a call of so many tokens, where steps run on `threads`.
-
-        Few threads may be the faster ones for steps alone; so `most`, which is loaded, unless a
-        neighbour was in their way lately.
-        """
-        long = n_tokens >= PROMPT_TOKENS and perf_counter() >= self._prompt_at
-        return self.most if long else threads
-
-    def record_prompt(self, seconds: float, cpu_seconds: float) -> None:
-        """A call on `most` threads took so much wall clock and so much time of all cores."""
-        if cpu_seconds < QUIET_SHARE * seconds * self.most:
-            self._prompt_at = perf_counter() + self._prompt_wait_s
-            self._prompt_wait_s = min(2 * self._prompt_wait_s, LONGEST_WAIT_S)
-        else:
-            self._prompt_wait_s = FIRST_WAIT_S
 
     def _judge(self, mean_s: float, threads: int) -> None:
         """A stretch of steps of so many seconds each has ended: sets `threads`."""

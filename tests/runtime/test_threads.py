@@ -10,14 +10,7 @@ import pytest
 from pico_edge.errors import UsageError
 from pico_edge.runtime import threads as threads_module
 from pico_edge.runtime.session import Session
-from pico_edge.runtime.threads import (
-    FIRST_WAIT_S,
-    LONGEST_WAIT_S,
-    PROMPT_TOKENS,
-    Pace,
-    fixed_threads,
-    physical_cores,
-)
+from pico_edge.runtime.threads import LONGEST_WAIT_S, Pace, fixed_threads, physical_cores
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -134,28 +127,6 @@ def test_a_slow_reader_of_the_text_is_no_neighbour(monkeypatch):
     assert machine.loaded == {2}
 
 
-def test_prompts_take_all_threads_until_a_neighbour_is_in_their_way(monkeypatch):
-    machine = Machine(monkeypatch, {2: 93e-6, 1: 83e-6}, crowded_s={})
-    pace = Pace(2, cost_s=0.01, means_s=machine.quiet_s)
-    assert pace.threads_for_prompt(PROMPT_TOKENS, 1) == 2
-    assert pace.threads_for_prompt(PROMPT_TOKENS - 1, 1) == 1
-    pace.record_prompt(0.003, 0.0059)
-    assert pace.threads_for_prompt(128, 1) == 2
-    tries, expected = [], []
-    for attempt in range(8):  # he stays: ever longer until the next try
-        pace.record_prompt(0.008, 0.009)
-        left = machine.wall_s
-        while pace.threads_for_prompt(128, 1) == 1:
-            machine.wall_s += 0.01
-        tries.append(machine.wall_s - left)
-        expected.append(min(FIRST_WAIT_S * 2**attempt, LONGEST_WAIT_S))
-    np.testing.assert_allclose(tries, expected, atol=0.011)
-    pace.record_prompt(0.003, 0.0059)  # he has gone
-    pace.record_prompt(0.008, 0.009)
-    machine.wall_s += FIRST_WAIT_S
-    assert pace.threads_for_prompt(128, 1) == 2
-
-
 class Restless(Pace):
     """Changes at every step."""
 
@@ -178,40 +149,6 @@ def test_a_change_of_threads_changes_no_bit_of_any_logit(name):
         logits.append(np.concatenate(found))
     np.testing.assert_array_equal(*logits)
     assert set(restless._loaded) == {1, 2}
-
-
-class Torn(Pace):
-    """Steps on one thread, every prompt on two."""
-
-    def __init__(self):
-        super().__init__(2, cost_s=1.0, means_s={1: 1e-6, 2: 1.0})
-        self.prompts = 0
-
-    def threads_for_prompt(self, n_tokens, threads):
-        return 2
-
-    def record_prompt(self, seconds, cpu_seconds):
-        self.prompts += 1
-
-
-@pytest.mark.parametrize("name", ["tiny_fp32.onnx", "tiny.onnx", "tiny_int4.onnx"])
-def test_prompts_and_steps_on_threads_of_their_own_share_one_cache(name):
-    plain, torn = Session(DATA / name, threads=1), Session(DATA / name, threads=2)
-    torn.pace = Torn()
-    assert torn.threads == 1
-    logits = []
-    for session in (plain, torn):
-        cache = session.new_cache(batch=3)
-        found = [cache.prefill([[5, 6, 7], [8], [9, 10]]).copy()]
-        for row in (1, 2, 1):
-            found.append(cache.decode([11, 12, 13]).copy())
-            found.append(cache.append(row, [14, 15], all_logits=True).copy())
-        cache.keep_rows([1])
-        found += [cache.decode([16]).copy(), cache.append(0, [17, 18]).copy()]
-        found.append(cache.decode([19]).copy())
-        logits.append(np.concatenate(found))
-    np.testing.assert_array_equal(*logits)
-    assert torn.pace.prompts == 5
 
 
 def test_a_file_replaced_while_it_runs_is_not_mixed_with_the_new_one(tmp_path):
