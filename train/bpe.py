@@ -252,7 +252,13 @@ def _bytes_of_characters() -> dict[str, int]:
 def _gpt2_tokenizer(ranks: str | os.PathLike[str] | None) -> BPETokenizer:
     if ranks is not None:
         path = Path(ranks)
-        return BPETokenizer(parse_ranks(path.read_bytes(), name=str(path)))
+        try:
+            content = path.read_bytes()
+        except OSError as error:  # also a name that is too long
+            raise ArtefactError(
+                f"{path}: {error.strerror}: expected a file of ranks, as tiktoken has for gpt2"
+            ) from error
+        return BPETokenizer(parse_ranks(content, name=str(path)))
     import tiktoken
 
     try:

@@ -11,6 +11,7 @@ Try: `run_paths("ckpt.pt").last` -> ckpt.run/last.pt.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from pico_edge.errors import UsageError
 from pico_edge.train.board import remove_events
 
 MAX_NAME_BYTES = 255  # of most file systems
+MODEL_MAGIC = b"PK\x03\x04"  # a checkpoint is a zip file
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,20 @@ def run_paths(out: str | os.PathLike[str]) -> RunPaths:
         stdin=folder / "stdin.txt",
         new_stdin=folder / "stdin.new.txt",
     )
+
+
+def written_paths(paths: RunPaths) -> list[Path]:
+    """What a run writes and so does not read: its folder and its model.
+
+    An output that holds something else, such as text, is not among them: where that is data,
+    `open_folder` refuses to replace it.
+    """
+    with contextlib.suppress(OSError):
+        if paths.out.is_file():  # not a pipe, which would wait
+            with open(paths.out, "rb") as file:
+                if file.read(len(MODEL_MAGIC)) != MODEL_MAGIC:
+                    return [paths.folder]
+    return [paths.folder, paths.out]
 
 
 def open_folder(

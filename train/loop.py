@@ -36,6 +36,7 @@ from pico_edge.train.folder import (
     open_folder,
     remove_leftovers,
     run_paths,
+    written_paths,
 )
 from pico_edge.train.lock import run_lock
 from pico_edge.train.mfu import Meter, peak_memory_bytes
@@ -108,8 +109,11 @@ def _train(
     named = [path for path in data if path != STDIN]
     inputs: list[StrPath] = []
     if named or not data:  # a wrong name is refused before a folder is made
-        inputs += find_files(named, exclude=(paths.out, paths.folder))
-    inputs += [path for path in (settings.val_data, settings.ranks) if path is not None]
+        inputs += find_files(named, exclude=written_paths(paths))
+    if settings.val_data is not None:
+        inputs += find_files([settings.val_data], exclude=written_paths(paths))
+    if settings.ranks is not None:
+        inputs.append(settings.ranks)
     with contextlib.ExitStack() as stack:
         workers.share(lambda: stack.enter_context(_claimed(paths, settings, inputs, reporter)))
         resume = settings.resume

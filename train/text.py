@@ -24,11 +24,14 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from pico_edge.errors import ArtefactError, PicoEdgeError, UsageError
 from pico_edge.publish import Writable, publish, remove_stale
 from pico_edge.tokenizer import PIECE_CHARACTERS, piece_end
+from pico_edge.train.lock import LOCK_NAME
 from pico_edge.train.report import Reporter
 from pico_edge.train.throughput import Throughput
 
 STDIN = "-"  # as a path of the data: standard input
-RUN_SUFFIXES = (".run", ".pt", ".onnx")  # of what runs and exports write
+MODEL_SUFFIXES = (".pt", ".onnx")  # of what runs and exports write
+# Every run folder has one of these; another folder whose name ends in .run has text, perhaps.
+RUN_FILES = (LOCK_NAME, "last.pt", "last.prev.pt", "tokens.bin")
 
 _CHUNK_BYTES = 1 << 20
 # A file up to this size is hashed whole, a longer one in this many blocks spread over it.
@@ -140,20 +143,27 @@ def find_files(
 def _glob(pattern: str, excluded: Container[Path]) -> list[Path]:
     if not glob.has_magic(pattern):
         return []
-    named = Path(pattern).parts  # a run folder among these is meant
+    named = Path(pattern).parts  # the folder of another run among these is meant
     return [
         path
         for path in map(Path, sorted(glob.glob(pattern, recursive=True)))
-        if all(
-            _may_be_text(part, excluded) for part in (path, *path.parents) if part.name not in named
+        if not any(
+            part.resolve() in excluded or (part.name not in named and _is_of_a_run(part))
+            for part in (path, *path.parents)
         )
     ]
 
 
+def _is_of_a_run(path: Path) -> bool:
+    """Whether a run or an export has written this: a model, or the folder of a run."""
+    if path.suffix == ".run":
+        return any((path / name).exists() for name in RUN_FILES)
+    return path.suffix in MODEL_SUFFIXES
+
+
 def _may_be_text(path: Path, excluded: Container[Path]) -> bool:
-    """Whether what was found, not named, may be data: nothing that a run has written."""
-    is_of_a_run = path.suffix in RUN_SUFFIXES and (path.suffix != ".run" or path.is_dir())
-    return not (is_of_a_run or path.resolve() in excluded)
+    """Whether what was found, not named, may be data."""
+    return not _is_of_a_run(path) and path.resolve() not in excluded
 
 
 def _files_at(path: Path, excluded: Container[Path] = ()) -> list[Path]:
@@ -164,6 +174,8 @@ def _files_at(path: Path, excluded: Container[Path] = ()) -> list[Path]:
             f"{path} is not a regular file: expected one; save its content to a file"
         )
     files: list[Path] = []
+    if path.resolve() in excluded:
+        return files
     for folder, folders, names in os.walk(path):
         folders[:] = sorted(
             name
@@ -289,7 +301,7 @@ def _decode(
     chunks = _read_chunks(path, on_read)
     first = next(chunks, b"")
     offset = 0  # bytes given to the decoder so far
-    mark, name = next((m for m in _BYTE_ORDER_MARKS if first.startswith(m[0])), (b"", "utf-8"))
+    mark, name = _byte_order_mark(first)
     if encoding is not None:
         mark, name = b"", encoding
     elif mark:
@@ -308,10 +320,11 @@ def _decode(
                 f"{path}: byte offset {offset - held + error.start}: {found} is not {name}: "
                 "expected text: name its encoding with --encoding, such as latin-1"
             ) from error
-        except UnicodeError as error:  # utf-16 and utf-32 want a mark that says their byte order
-            raise ArtefactError(
-                f"{path}: {error}: name the byte order too, as in --encoding utf-16-le"
-            ) from error
+        except UnicodeError as error:  # says no more than this
+            advice = "name its encoding with --encoding, such as latin-1"
+            if (wide := codecs.lookup(name).name) in ("utf-16", "utf-32"):
+                advice = f"name its byte order too: --encoding {wide}-le or {wide}-be"
+            raise ArtefactError(f"{path}: not {name}: {error}: {advice}") from error
         if encoding is not None:  # some codecs, such as unicode_escape, make half a character
             text = without_surrogates(text)
         offset += len(chunk)
@@ -319,6 +332,11 @@ def _decode(
             text = text.removeprefix("\ufeff") if encoding is not None else text
             at_start = False
         yield text
+
+
+def _byte_order_mark(first: bytes) -> tuple[bytes, str]:
+    """The mark that the bytes begin with, and the encoding it says: without one UTF-8."""
+    return next((m for m in _BYTE_ORDER_MARKS if first.startswith(m[0])), (b"", "utf-8"))
 
 
 def _refuse_utf16_without_mark(path: Path, first: bytes) -> None:
@@ -357,15 +375,12 @@ def without_surrogates(text: str) -> str:
 
 def utf8_bytes(files: Sequence[Path], *, encoding: str | None, text_field: str) -> int:
     """UTF-8 bytes of the text, but for marks: file sizes where these say it, else all is read."""
-    if encoding is None and not any(_is_jsonl(file) or _has_wide_mark(file) for file in files):
-        return text_bytes(files)
+    if encoding is None and not any(map(_is_jsonl, files)):
+        marks = [_byte_order_mark(next(_read_chunks(file, None), b"")) for file in files]
+        if all(name == "utf-8" for _, name in marks):
+            return text_bytes(files) - sum(len(mark) for mark, _ in marks)
     documents = read_documents(files, encoding=encoding, text_field=text_field)
     return sum(len(text.encode()) for text, _ in documents)
-
-
-def _has_wide_mark(path: Path) -> bool:
-    first = next(_read_chunks(path, None), b"")
-    return any(first.startswith(mark) for mark, name in _BYTE_ORDER_MARKS if name != "utf-8")
 
 
 def _is_jsonl(path: Path) -> bool:

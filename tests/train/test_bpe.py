@@ -179,6 +179,22 @@ def test_what_is_held_out_trains_no_tokenizer_in_any_format(kind: str, tmp_path:
     assert not any(b"Zq" in token for token in made.tokens)
 
 
+def test_marks_of_many_files_move_no_text_out_of_the_tail(tmp_path: Path) -> None:
+    texts = [
+        "It was the best of times" if i < 900 else "Zqxwvutrstu Zqxwvutrstu " for i in range(1000)
+    ]
+    files = [write(tmp_path / f"{i:04}.txt", "\ufeff" + text) for i, text in enumerate(texts)]
+    made = choose_tokenizer("bpe", files, vocab_size=1000, val_fraction=0.1)
+    assert isinstance(made, BPETokenizer)
+    assert not any(b"Zq" in token for token in made.tokens)
+
+
+def test_a_file_of_ranks_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    for name in ("x" * 300, "missing"):
+        with pytest.raises(ArtefactError, match=f"{name}: .*: expected a file of ranks"):
+            choose_tokenizer("gpt2", [], ranks=tmp_path / name)
+
+
 def test_tokenizers_are_chosen_by_name(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", ENGLISH * 100)
     assert choose_tokenizer("simple", [path]).kind == "simple"

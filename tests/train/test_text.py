@@ -299,11 +299,28 @@ def test_what_runs_write_is_no_data_unless_it_is_named(tmp_path: Path) -> None:
     write(tmp_path / "old.pt", b"PK")
     write(tmp_path / "model.onnx", b"\x08")
     (tmp_path / "old.run").mkdir()
+    write(tmp_path / "old.run" / "lock", "")
     kept = write(tmp_path / "old.run" / "stdin.txt", ENGLISH)
     for given in (tmp_path, tmp_path / "*", tmp_path / "**"):
         assert find_files([given], exclude=[out, run]) == [data]
-    assert find_files([tmp_path / "old.run"]) == find_files([tmp_path / "old.run" / "*"]) == [kept]
+    assert kept in find_files([tmp_path / "old.run"])
+    assert find_files([tmp_path / "old.run" / "*.txt"]) == [kept]
     assert find_files([kept, run / "lock"], exclude=[run]) == [kept, run / "lock"]
+
+
+@pytest.mark.parametrize("given", ["mine.run", "mine.run/*"])
+def test_the_folder_of_this_run_is_no_data_even_if_named(given: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.run").mkdir()
+    write(tmp_path / "mine.run" / "metrics.jsonl", "{}")
+    with pytest.raises(ArtefactError, match=r"no files in it|does not exist"):
+        find_files([tmp_path / given], exclude=[tmp_path / "mine.run"])
+
+
+def test_a_folder_that_is_only_named_like_that_of_a_run_is_data(tmp_path: Path) -> None:
+    (tmp_path / "marathon.run").mkdir()
+    data = write(tmp_path / "marathon.run" / "data.txt", ENGLISH)
+    for given in (tmp_path, tmp_path / "**" / "*.txt"):
+        assert find_files([given]) == [data]
 
 
 def test_a_file_counts_once_by_whatever_name(tmp_path: Path) -> None:
@@ -324,10 +341,10 @@ def test_names_that_are_none_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
 def test_a_byte_order_that_is_not_told_is_asked_for(encoding: str, tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", ENGLISH.encode(f"{encoding}-le"))
-    with pytest.raises(
-        ArtefactError, match=r"a\.txt: UTF-\d+ stream does not start with BOM: name"
-    ):
-        documents([path], encoding=encoding)
+    advice = f"name its byte order too: --encoding {encoding}-le or {encoding}-be"
+    for name in (encoding, encoding.upper().replace("-", "_")):
+        with pytest.raises(ArtefactError, match=rf"a\.txt: not {name}: .*: {advice}"):
+            documents([path], encoding=name)
     assert documents([path], encoding=f"{encoding}-le") == [ENGLISH]
 
 
@@ -336,3 +353,5 @@ def test_encodings_that_are_none_and_half_characters(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="encoding 'undefined'"):
         documents([path], encoding="undefined")
     assert documents([path], encoding="unicode_escape") == ["a\ufffdb"]
+    with pytest.raises(ArtefactError, match=r"not punycode: .*: name its encoding with"):
+        documents([write(path, "no code-no code")], encoding="punycode")

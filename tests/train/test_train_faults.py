@@ -762,3 +762,29 @@ def test_arguments_that_make_no_sense_are_refused_before_work(flags, folder, cap
 def test_a_name_like_a_flag_is_resumed_by_the_printed_command():
     command = resume_command(["-a.txt", "-", "b.txt"], TrainSettings())
     assert command == "pico-edge train ./-a.txt - b.txt --resume"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [["texts"], ["texts/*"], ["data.txt", "--val-data", "texts"], ["data.txt", "--val-data=t*/b*"]],
+)
+def test_text_found_in_a_folder_is_never_the_output(data, folder, capsys):
+    (folder / "texts").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (folder / "texts" / name).write_text("over the lazy dog " * 40)
+    said = refused(capsys, 2, *data, *FLAGS, "--out", "texts/b.txt", "--force")
+    assert "texts/b.txt is read, so it cannot be --out too" in said
+    assert refused(capsys, 2, *data, *FLAGS, "--out", "texts/b.txt") == said
+    assert (folder / "texts" / "b.txt").read_text() == "over the lazy dog " * 40
+    assert not (folder / "texts" / "b.run").exists()
+
+
+def test_a_model_by_any_name_among_the_data_is_replaced(folder, capsys):
+    for flags in ((), ("--resume",), ("--force",)):
+        assert pico_edge(capsys, "train", ".", *FLAGS, "--out", "model", *flags)[0] == 0
+
+
+def test_an_output_that_is_a_pipe_is_refused_without_waiting(folder, capsys):
+    os.mkfifo(folder / "pipe")
+    said = refused(capsys, 2, "data.txt", *FLAGS, "--out", "pipe", "--force")
+    assert "pipe is a device or a pipe" in said
