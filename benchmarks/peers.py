@@ -452,7 +452,7 @@ def collect(folder: Path, venvs: Path) -> dict[str, Any]:
                     for threads, lines in by_threads.items()
                 }
                 best = max(medians, key=lambda threads: medians[threads]["decode_16"])
-                row |= medians[best] | {"rounds": len(by_threads[best])}
+                row |= medians[best] | {"threads": best, "rounds": len(by_threads[best])}
             rows.append(row)
     engines = [e for e in ENGINE_ORDER if any(row["engine"] == e for row in rows)]
     return {

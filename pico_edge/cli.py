@@ -7,6 +7,7 @@ works without torch, and `--help` without anything. Exit codes: `main`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import signal
@@ -143,9 +144,11 @@ def _run(arguments: list[str]) -> int:
         return _fail(f"{error.format_message()} (see {command} --help)", 2, debug)
     except PicoEdgeError as error:
         return _fail(str(error), error.exit_code, debug)
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         return _fail(_os_error(error), ArtefactError.exit_code, debug)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return _fail(_os_error(error), ArtefactError.exit_code, debug)
         forget_stdout()
         return _fail(_os_error(error), PicoEdgeError.exit_code, debug)
     except MemoryError:

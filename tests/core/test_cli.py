@@ -124,6 +124,8 @@ def test_the_flags_are_those_that_were_decided() -> None:
         (["generate", "{tiny}", "x", "--banned-tokens", "300"], 2, "banned_tokens: token 300"),
         (["generate", "{tmp}/none.onnx", "x"], 3, "none.onnx: No such file"),
         (["generate", "{tmp}", "x"], 3, "{tmp}"),
+        (["generate", "{tmp}/" + "x" * 300, "x"], 3, "File name too long"),
+        (["generate", "{tmp}/empty/model.onnx", "x"], 3, "Not a directory"),
         (["generate", "{tmp}/empty", "x"], 3, "empty"),
         (["generate", "{tmp}/page", "x"], 3, "web page"),
         (["generate", "{tmp}/zip", "x"], 3, "checkpoint|zip"),
