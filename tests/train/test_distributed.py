@@ -190,7 +190,7 @@ def test_two_processes_give_the_curve_of_one_at_the_same_global_batch(folder):
     code, out, err = end(start("--out=more.pt", "--resume", "--threads=1"))
     assert code == 0, err
     assert "grad_accum 4 -> 2, processes 1 -> 2" in err
-    assert "statistically equivalent (world_size 1 -> 2)" in err
+    assert "statistically equivalent (world_size 1 -> 2, grad_accum 4 -> 2)" in err
     assert_same_curve(rows("one"), rows("more"))
 
 
