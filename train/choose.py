@@ -86,8 +86,8 @@ def choose_size(
         if tokens >= TOKENS_PER_PARAMETER * n_parameters(name):
             return Size(name, reason, tokens)
         reason = (
-            f"{duration(seconds)} here are {count(tokens)} tokens for {name}, which has "
-            f"{count(n_parameters(name))} parameters"
+            f"{name} ({count(n_parameters(name))}) would see only {count(tokens)} tokens in "
+            f"{duration(seconds)} here"
         )
     return Size(names[0], reason)
 

@@ -47,7 +47,7 @@ def test_a_model_that_sees_enough_tokens_is_taken_without_measuring_smaller_ones
 def test_too_little_time_for_a_size_gives_the_next_and_says_why():
     size, asked = chosen("mini", 120.0, {"mini": 3000.0, "micro": 15_000.0})
     assert size.preset == "micro"
-    assert size.reason == "2:00 here are 324k tokens for mini, which has 12M parameters"
+    assert size.reason == "mini (12M) would see only 324k tokens in 2:00 here"
     assert asked == ["mini", "micro"]
 
 
