@@ -56,14 +56,14 @@ MAX_INDEX = 1 << 16  # places remembered; then it begins anew
 # said: of a 4 x 256 byte model's own text at temperature 0.8. Held for as many trials as PRIOR.
 TABLE_CHANCES = (0.85, 0.8, 0.75, 0.55, 0.4, 0.35, 0.3)
 LOOKUP_CHANCES = (0.4, 0.4, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.8, 0.85, 0.85, 0.9)
-PRIOR = 8.0
+PRIOR = 4.0
 MEMORY = 64.0  # trials after which older ones count half
 SURE = 0.8  # with such a chance the lookup alone decides, without the table's 2 us
-# Where drafts gain less than this over WINDOW tokens, plain steps follow, for twice as many tokens
-# each time.
+# Where drafts gain less than this over WINDOW tokens, plain steps follow, for FIRST_PAUSE tokens
+# and then twice as many each time: what the trials cost is then a small part of most texts.
 WINDOW = 64
 MIN_GAIN = 1.03
-MAX_PAUSE = 1024
+FIRST_PAUSE, MAX_PAUSE = 192, 1536
 
 
 def slope_for(export: dict[str, Any], config: GPTConfig, device: str) -> float:
@@ -234,7 +234,7 @@ class Speculation:
         # Since drafting was last judged: tokens, and what they cost, in steps.
         self._tokens = 0
         self._cost = 0.0
-        self._pause = WINDOW
+        self._pause = FIRST_PAUSE
         self._paused = 0
 
     def decode(self, token_ids: Ids) -> FloatArray:
@@ -298,7 +298,7 @@ class Speculation:
         pays = self._tokens >= MIN_GAIN * self._cost
         self._tokens, self._cost = 0, 0.0
         if pays:
-            self._pause = WINDOW
+            self._pause = FIRST_PAUSE
         else:
             self._paused = self._pause
             self._pause = min(2 * self._pause, MAX_PAUSE)
