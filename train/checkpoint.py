@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from pico_edge import __version__
+from pico_edge.artefact import CHECKPOINT_MAGIC
 from pico_edge.config import GPTConfig
 from pico_edge.errors import ArtefactError
 from pico_edge.ngrams import NGrams
@@ -299,7 +300,7 @@ def _check_zip(file: IO[bytes], path: Path) -> None:
     if found and int(found[1]) != size:
         what = "truncated" if size < int(found[1]) else "damaged"
         raise ArtefactError(f"{path}: {what}: expected {int(found[1])} bytes, got {size}: {_AGAIN}")
-    if head[:4] != b"PK\x03\x04":
+    if head[:4] != CHECKPOINT_MAGIC:
         raise ArtefactError(f"{path}: {_guess(head, size)}: expected a checkpoint such as ckpt.pt")
     try:
         with zipfile.ZipFile(file) as archive:
@@ -351,7 +352,7 @@ def _guess(head: bytes, size: int) -> str:
     start = head.lstrip()[:20].lower()
     if size == 0:
         return "empty (0 bytes)"
-    if b"PK\x03\x04".startswith(head[:4]):
+    if CHECKPOINT_MAGIC.startswith(head[:4]):
         return f"truncated: got {size} bytes"
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not the file itself (run `git lfs pull`)"

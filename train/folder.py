@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pico_edge import publish
+from pico_edge.artefact import CHECKPOINT_MAGIC
 from pico_edge.errors import UsageError
 from pico_edge.train.board import remove_events
 
 MAX_NAME_BYTES = 255  # of most file systems
-MODEL_MAGIC = b"PK\x03\x04"  # a checkpoint is a zip file
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def written_paths(paths: RunPaths) -> list[Path]:
     with contextlib.suppress(OSError):
         if paths.out.is_file():  # not a pipe, which would wait
             with open(paths.out, "rb") as file:
-                if file.read(len(MODEL_MAGIC)) != MODEL_MAGIC:
+                if file.read(len(CHECKPOINT_MAGIC)) != CHECKPOINT_MAGIC:
                     return [paths.folder]
     return [paths.folder, paths.out]
 

@@ -43,7 +43,7 @@ from pico_edge.train.choose import (
 )
 from pico_edge.train.distributed import Workers
 from pico_edge.train.evaluate import sample_text
-from pico_edge.train.folder import RunPaths, check_space
+from pico_edge.train.folder import RunPaths, check_space, written_paths
 from pico_edge.train.model import GPT
 from pico_edge.train.ngrams import count_ngrams
 from pico_edge.train.optim import make_optimizers
@@ -111,7 +111,7 @@ def set_up(
     device = workers.device(choose_device(settings.device))
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    written = (paths.out, paths.folder)
+    written = written_paths(paths)
     files = find_files(data, exclude=written)
     val_files = None
     if settings.val_data is not None:

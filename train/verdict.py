@@ -48,7 +48,6 @@ class Facts:
     """What the rows do not say. minutes: of the schedule, None where iterations were asked for.
 
     sized_by: what decided how large the model is; advice on its size must not contradict that.
-
     baseline_bits_per_byte: held out, of `baseline`. train_bytes: of the text trained on.
     """
 
@@ -166,7 +165,7 @@ def _memorised(rows: Sequence[Mapping[str, Any]], curve: Curve, facts: Facts) ->
         f"overfits: since iteration {curve.best_iter} it learns the {size(facts.train_bytes)} by "
         f"heart, {curve.train_loss:.2f} on these, {curve.val_loss:.2f} held out"
     )
-    smaller = _smaller(facts)
+    smaller = _other_size(facts, -1)
     if facts.dropout < 0.1:
         other = "; else --dropout 0.2 --force"
     elif smaller is not None:
@@ -187,7 +186,7 @@ def _improving(curve: Curve, facts: Facts) -> Verdict:
 
 def _converged(curve: Curve, facts: Facts) -> Verdict:
     finding = "converged: the held-out loss has stopped falling"
-    larger = _larger(facts)
+    larger = _other_size(facts, 1)
     if curve.train_loss < (1 - GAP) * curve.val_loss:
         return Verdict("converged", finding, "more text of this kind")
     if larger is None:
@@ -199,7 +198,7 @@ def _converged(curve: Curve, facts: Facts) -> Verdict:
 
 def _faster(facts: Facts) -> str:
     """For a run that ended far from the end of what it can learn."""
-    smaller = _smaller(facts)
+    smaller = _other_size(facts, -1)
     other = "" if smaller is None else f"; or a model that learns faster: {smaller} --force"
     return f"more time: {_more_time(facts, 4)}{other}"
 
@@ -210,26 +209,15 @@ def _more_time(facts: Facts, factor: int) -> str:
     return f"--minutes {factor * facts.minutes:.3g} --force"
 
 
-def _smaller(facts: Facts) -> str | None:
-    """The flags of the next smaller model; None where there is none, or no flag changes it."""
+def _other_size(facts: Facts, step: Literal[1, -1]) -> str | None:
+    """Flags of the next larger (1) or smaller (-1) model; None where there is none, or no flag."""
     names = list(PRESETS)
-    place = names.index(facts.preset)
+    place = names.index(facts.preset) + step
+    more, less = ("higher", "lower") if step > 0 else ("lower", "higher")
     return {
-        "preset": f"--preset {names[place - 1]}" if place > 0 else None,
-        "flags": "a lower --n-layer or --n-embd,",
-        "target": "a lower --target-bytes or a higher --target-tokens-per-second,",
-        "checkpoint": None,
-    }[facts.sized_by]
-
-
-def _larger(facts: Facts) -> str | None:
-    """As `_smaller`, of the next larger model."""
-    names = list(PRESETS)
-    place = names.index(facts.preset)
-    return {
-        "preset": f"--preset {names[place + 1]}" if place + 1 < len(names) else None,
-        "flags": "a higher --n-layer or --n-embd,",
-        "target": "a higher --target-bytes or a lower --target-tokens-per-second,",
+        "preset": f"--preset {names[place]}" if 0 <= place < len(names) else None,
+        "flags": f"a {more} --n-layer or --n-embd,",
+        "target": f"a {more} --target-bytes or a {less} --target-tokens-per-second,",
         "checkpoint": None,
     }[facts.sized_by]
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pico_edge.artefact import CHECKPOINT_MAGIC
 from pico_edge.errors import ArtefactError, PicoEdgeError, UsageError
 from pico_edge.terminal import (
     Debug,
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from pico_edge.runtime.evaluate import Scored
     from pico_edge.tokenizer import Tokenizer
     from pico_edge.train.text import Piece
-
-ZIP = b"PK\x03\x04"  # how a checkpoint begins, and no model.onnx
 
 
 def evaluate(
@@ -137,7 +136,7 @@ def _load(path: Path, threads: int, quiet: bool) -> Scored:
     if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would wait for its writer
         raise ArtefactError(f"{path} is a device or a pipe: expected a model.onnx or a checkpoint")
     with path.open("rb") as file:
-        is_checkpoint = file.read(len(ZIP)) == ZIP
+        is_checkpoint = file.read(len(CHECKPOINT_MAGIC)) == CHECKPOINT_MAGIC
     if is_checkpoint:
         if importlib.util.find_spec("torch") is None:
             raise UsageError(
