@@ -71,6 +71,8 @@ def export(
     bits: int | None = None,
     target: str = "cpu",
     eval_data: Path | None = None,
+    encoding: str | None = None,
+    text_field: str = "text",
     max_loss_increase: float = 1.0,
     force: bool = False,
     progress: Progress | None = None,
@@ -81,8 +83,8 @@ def export(
     name of `targets.TARGETS`; 4 bits are for "cpu". eval_data: the text to measure on, by default
     the held-out sample of the checkpoint but for its first quarter. That quarter, or the whole
     sample where there is eval_data, is what quantization calibrates on, so that no text is both.
-    max_loss_increase: percent of held-out loss above fp32 at which no file is written. progress: is
-    given a line as each step begins.
+    max_loss_increase: percent of held-out loss above fp32 at which no file is written. encoding and
+    text_field say how eval_data is read. progress: is given a line as each step begins.
     Raises UsageError for arguments, ArtefactError for a refused checkpoint, PicoEdgeError when a
     parity or quality limit is missed. Nothing is written under `out` before all checks have passed.
     """
@@ -90,6 +92,8 @@ def export(
         raise UsageError(
             f"max_loss_increase is {max_loss_increase}: expected a percentage, 0 or more"
         )
+    if encoding is not None and eval_data is None:
+        raise UsageError(f"encoding is {encoding}, of no text: name the text with --eval-data")
     if quantize and bits is None:
         bits = 8
     made_for = target_of(target)
@@ -111,7 +115,10 @@ def export(
             f"{checkpoint_path}: {n_bytes / 1e9:.1f} GB of weights: one ONNX file holds at most "
             f"{MAX_FILE_BYTES / 1e9:.1f} GB: train a smaller model"
         )
-    calibration_ids, ids = _texts(checkpoint, checkpoint_path, eval_data)
+    text = None
+    if eval_data is not None:
+        text = _read_text(eval_data, encoding=encoding, text_field=text_field)
+    calibration_ids, ids = _texts(checkpoint, checkpoint_path, eval_data, text)
     model = build_model(checkpoint)
     checkpoint = dataclasses.replace(checkpoint, model={})  # the model has its own
     with tempfile.TemporaryDirectory(prefix="pico-edge-") as folder:
@@ -147,19 +154,8 @@ def _checked_graph(
     """The graph that is worth publishing, with its metadata, and the figures of the report."""
     parity_ids = list(itertools.islice(itertools.cycle(ids), model.config.block_size))
     plan = plan_for(model.config, target, bits)
-    traced = model
-    seen: Statistics | None = None
-    calibrated = 0
-    if plan is not None and target.weights == "plan":
-        say(f"calibrating on {len(calibration_ids)} tokens of held-out text")
-        traced = copy.deepcopy(model)  # the first stays what all is held to
-        smooth(traced, calibrate(traced, calibration_ids))
-        feedback = len(calibration_ids) >= FEEDBACK_TOKENS
-        seen = calibrate(traced, calibration_ids, moments=feedback)
-        calibrated = seen.tokens
-    say(f"tracing {model.num_parameters() / 1e6:.1f} M parameters")
-    graph = trace_for(traced, target)
-    del traced
+    graph, seen = _traced(model, target, plan, calibration_ids, say)
+    calibrated = 0 if seen is None else seen.tokens
     fp32 = target if target.portable else target_of("cpu")
     reference = _session(graph, checkpoint, folder, fp32)
     say("checking the graph against PyTorch")
@@ -207,6 +203,28 @@ def _checked_graph(
     }
 
 
+def _traced(
+    model: GPT,
+    target: Target,
+    plan: Plan | None,
+    calibration_ids: Sequence[int],
+    say: Progress,
+) -> tuple[ir.Model, Statistics | None]:
+    """The float32 graph; where the plan needs it with smoothed weights, and what calibration saw.
+
+    The model stays as it is, for all else is held to it.
+    """
+    seen: Statistics | None = None
+    if plan is not None and target.weights == "plan":
+        say(f"calibrating on {len(calibration_ids)} tokens of held-out text")
+        model = copy.deepcopy(model)
+        smooth(model, calibrate(model, calibration_ids))
+        feedback = len(calibration_ids) >= FEEDBACK_TOKENS
+        seen = calibrate(model, calibration_ids, moments=feedback)
+    say(f"tracing {model.num_parameters() / 1e6:.1f} M parameters")
+    return trace_for(model, target), seen
+
+
 def _measured(quality: Comparison) -> dict[str, float]:
     """The part of the report that is no timing; the file carries it too."""
     return {
@@ -224,14 +242,14 @@ def _silent(line: str) -> None:
 
 
 def _texts(
-    checkpoint: Checkpoint, path: Path, eval_data: Path | None
+    checkpoint: Checkpoint, path: Path, eval_data: Path | None, text: str | None
 ) -> tuple[Sequence[int], Sequence[int]]:
     """Ids to calibrate on and ids to measure on. Raises ArtefactError if these are too few."""
     held_out = checkpoint.tokenizer.encode(checkpoint.held_out)
-    if eval_data is None:
+    if text is None:
         calibration_ids, ids = split_ids(held_out)
     else:
-        ids = checkpoint.tokenizer.encode(_read_text(eval_data))
+        ids = checkpoint.tokenizer.encode(text)
         calibration_ids = held_out
         if len(held_out) < 2:
             calibration_ids, ids = split_ids(ids)
@@ -293,6 +311,6 @@ def _speed(session: Session, ids: Sequence[int]) -> dict[str, float]:
     }
 
 
-def _read_text(path: Path) -> str:
-    text = "".join(piece for piece, _ in read_documents([path]))
-    return text
+def _read_text(path: Path, *, encoding: str | None, text_field: str) -> str:
+    documents = read_documents([path], encoding=encoding, text_field=text_field)
+    return "".join(text for text, _ in documents)

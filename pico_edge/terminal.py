@@ -33,6 +33,9 @@ Provider = Annotated[
     Literal["auto", "cpu", "cuda", "directml", "webgpu"], typer.Option(help="Where to run.")
 ]
 Threads = Annotated[str, typer.Option(metavar="N|auto", help="CPU threads.")]
+# Of a text to be measured on.
+Encoding = Annotated[str | None, typer.Option(metavar="NAME", help="Of the text, if not UTF-8.")]
+TextField = Annotated[str, typer.Option(metavar="NAME", help="Of the objects in .jsonl.")]
 # Of what bench and compare measure.
 PromptTokens = Annotated[
     int | None,

@@ -124,13 +124,7 @@ def set_up(
     if settings.resume and checkpoint is not None:
         _check_same_data(checkpoint, files, val_files)
         settings = _with_stored_reading(settings, checkpoint)
-    stored = stored_dtype(checkpoint, device) if settings.resume and checkpoint else None
-    dtype_name = settings.dtype
-    if dtype_name == "auto":  # by the timing of rank 0
-        dtype_name = workers.share(
-            lambda: stored or str(choose_dtype("auto", device)).removeprefix("torch.")
-        )
-    dtype = choose_dtype(dtype_name, device)
+    dtype = _run_dtype(settings, checkpoint, device, workers)
     config, preset, tokenizer = workers.share(
         lambda: _shape(
             files, settings, checkpoint, paths.folder, reporter, device=device, dtype=dtype
@@ -201,39 +195,68 @@ def set_up(
         ngrams=_ngrams(settings, checkpoint, tokens, tokenizer),
     )
     if settings.resume and checkpoint is not None:
-        trainer.recipe = check_flags(checkpoint, settings, reporter, world_size=workers.world_size)
-        trainer.optimizers = make_optimizers(model, trainer.recipe, dtype)
-        run.progress = restore(checkpoint, trainer)
-        changed = differences(checkpoint, trainer, compiled=compiled)
-        exact = "the same weights as an uninterrupted run, bit by bit"
-        reporter.say(
-            f"resuming at iteration {checkpoint.iter} of {trainer.recipe.max_iters}: "
-            + (exact if not changed else f"statistically equivalent ({', '.join(changed)})")
-        )
-        return run
+        _resume(run, checkpoint, settings, reporter)
+    else:
+        _begin(run, settings, recipe_for, reporter, started)
+    return run
+
+
+def _resume(run: Run, checkpoint: Checkpoint, settings: TrainSettings, reporter: Reporter) -> None:
+    """Put a run where its checkpoint was, and say whether it ends in the same bits."""
+    trainer = run.trainer
+    trainer.recipe = check_flags(checkpoint, settings, reporter, world_size=trainer.world_size)
+    trainer.optimizers = make_optimizers(trainer.model, trainer.recipe, trainer.dtype)
+    run.progress = restore(checkpoint, trainer)
+    changed = differences(checkpoint, trainer, compiled=run.compiled)
+    exact = "the same weights as an uninterrupted run, bit by bit"
+    reporter.say(
+        f"resuming at iteration {checkpoint.iter} of {trainer.recipe.max_iters}: "
+        + (exact if not changed else f"statistically equivalent ({', '.join(changed)})")
+    )
+
+
+def _begin(
+    run: Run,
+    settings: TrainSettings,
+    recipe_for: Callable[[int], Recipe],
+    reporter: Reporter,
+    started: float,
+) -> None:
+    """Lay the schedule of a new run: over the iterations asked for, or over what time is left."""
+    trainer, workers = run.trainer, run.trainer.workers
     if settings.max_iters is None:
         trainer.recipe = lay_schedule(
             trainer,
-            tokens,
+            run.data,
             recipe_for,
-            sample=lambda: sample_text(model, tokenizer, run.sample_prompt, seed=0),
+            sample=lambda: sample_text(trainer.model, run.tokenizer, run.sample_prompt, seed=0),
             left_s=lambda: settings.time_s - (time.perf_counter() - started),
         )
         # By the clock of rank 0.
         trainer.recipe = recipe_for(workers.share(lambda: trainer.recipe.max_iters))
-    trainer.optimizers = make_optimizers(model, trainer.recipe, dtype)
-    trainer.scaler = _scaler(device, dtype)
+    trainer.optimizers = make_optimizers(trainer.model, trainer.recipe, trainer.dtype)
+    trainer.scaler = _scaler(trainer.device, trainer.dtype)
     # The steps that measured drew from it; a run of as many iterations without them must be the
     # same.
     torch.manual_seed(settings.seed)
     recipe = trainer.recipe
     reporter.say(
         f"schedule: {recipe.max_iters} iterations of {trainer.tokens_per_iter} tokens, "
-        f"{recipe.optimizer} at {recipe.learning_rate:g}, on {device.type} in "
-        f"{str(dtype).removeprefix('torch.')}"
+        f"{recipe.optimizer} at {recipe.learning_rate:g}, on {trainer.device.type} in "
+        f"{str(trainer.dtype).removeprefix('torch.')}"
         + ("" if settings.max_iters else f": {duration(settings.time_s)} in all, as measured")
     )
-    return run
+
+
+def _run_dtype(
+    settings: TrainSettings, checkpoint: Checkpoint | None, device: torch.device, workers: Workers
+) -> torch.dtype:
+    """The number type of a run: as asked, else that of the run resumed, else by rank 0's timing."""
+    if settings.dtype != "auto":
+        return choose_dtype(settings.dtype, device)
+    stored = stored_dtype(checkpoint, device) if settings.resume and checkpoint else None
+    name = workers.share(lambda: stored or str(choose_dtype("auto", device)).removeprefix("torch."))
+    return choose_dtype(name, device)
 
 
 def choose_device(name: str) -> torch.device:

@@ -17,11 +17,13 @@ from pico_edge.errors import ArtefactError, PicoEdgeError, UsageError
 from pico_edge.terminal import (
     Debug,
     Depth,
+    Encoding,
     Json,
     NewTokens,
     PromptTokens,
     Quiet,
     Signals,
+    TextField,
     Threads,
     print_json,
     progress_bar,
@@ -41,6 +43,8 @@ def compare(
         Path | None,
         typer.Option(metavar="FILE", help="Text that was not trained on: adds the quality."),
     ] = None,
+    encoding: Encoding = None,
+    text_field: TextField = "text",
     prompt_tokens: PromptTokens = None,
     new_tokens: NewTokens = 128,
     depth: Depth = 0,
@@ -55,6 +59,8 @@ def compare(
     """Measure several model files, each in a process of its own, in alternating rounds."""
     if rounds < 1:
         raise UsageError(f"--rounds is {rounds}: expected 1 or more")
+    if encoding is not None and data is None:
+        raise UsageError(f"--encoding is {encoding}, of no text: name the text with --data")
     with Signals() as signals:
         from pico_edge.train.report import Reporter
 
@@ -80,8 +86,11 @@ def compare(
                 found.append(child("bench", str(model), *flags))
         rows = [_row(found) for found in runs]
         if data is not None:
+            reading = ["--text-field", text_field]
+            reading += [] if encoding is None else ["--encoding", encoding]
+            against = ["--compare", str(models[0]), *reading]
             for model, row in zip(models, rows, strict=True):
-                quality = child("eval", str(model), str(data), "--compare", str(models[0]))
+                quality = child("eval", str(model), str(data), *against)
                 row |= {
                     key: quality[key]
                     for key in (

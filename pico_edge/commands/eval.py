@@ -16,9 +16,11 @@ from pico_edge.artefact import CHECKPOINT_MAGIC
 from pico_edge.errors import ArtefactError, PicoEdgeError, UsageError
 from pico_edge.terminal import (
     Debug,
+    Encoding,
     Json,
     Quiet,
     Signals,
+    TextField,
     Threads,
     print_json,
     progress_bar,
@@ -54,12 +56,8 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    encoding: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of the text, if not UTF-8.")
-    ] = None,
-    text_field: Annotated[
-        str, typer.Option(metavar="NAME", help="Of the objects in .jsonl.")
-    ] = "text",
+    encoding: Encoding = None,
+    text_field: TextField = "text",
     threads: Threads = "auto",
     json_: Json = False,
     quiet: Quiet = False,

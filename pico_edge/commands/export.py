@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from pico_edge.terminal import Debug, Force, Json, Quiet, Signals, print_json, require_extra, say
+from pico_edge.terminal import (
+    Debug,
+    Encoding,
+    Force,
+    Json,
+    Quiet,
+    Signals,
+    TextField,
+    print_json,
+    require_extra,
+    say,
+)
 
 
 def export(
@@ -35,6 +46,8 @@ def export(
             help="Text for the quality table. Default: held-out text in the checkpoint.",
         ),
     ] = None,
+    encoding: Encoding = None,
+    text_field: TextField = "text",
     max_loss_increase: Annotated[
         float,
         typer.Option(
@@ -65,6 +78,8 @@ def export(
             bits=bits,
             target=target,
             eval_data=eval_data,
+            encoding=encoding,
+            text_field=text_field,
             max_loss_increase=max_loss_increase,
             force=force,
             progress=progress,

@@ -27,13 +27,14 @@ FLAGS = {
         "--repeats --threads"
     ),
     "compare": (
-        "--data --debug --depth --json --new-tokens --prompt-tokens --quiet --rounds --threads"
+        "--data --debug --depth --encoding --json --new-tokens --prompt-tokens --quiet --rounds "
+        "--text-field --threads"
     ),
     "eval": "--compare --debug --encoding --json --quiet --stride --text-field --threads",
     "doctor": "--debug --json --quiet",
     "export": (
-        "--bits --debug --eval-data --force --json --max-loss-increase --out --quantize --quiet "
-        "--target"
+        "--bits --debug --encoding --eval-data --force --json --max-loss-increase --out --quantize "
+        "--quiet --target --text-field"
     ),
     "generate": (
         "--allow-foreign --allow-special --banned-tokens --context-overflow --debug "

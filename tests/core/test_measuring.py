@@ -149,6 +149,12 @@ def test_compare_has_a_row_for_each_file(text: Path) -> None:
     assert [row["precision"] for row in result["models"]] == ["fp32", "int8"]
     assert result["models"][0]["loss_increase_percent"] == 0
     assert all(row["decode_tokens_per_second"] > 0 for row in result["models"])
+    flags[1] = text.with_name("utf16.txt")
+    flags[1].write_text(text.read_text(encoding="utf-8"), encoding="utf-16-le")
+    flags += ["--encoding", "utf-16-le"]
+    assert json_of("compare", FP32, *flags)["models"][0]["bits_per_byte"] == pytest.approx(
+        result["models"][0]["bits_per_byte"]
+    )
     done = run("compare", TINY, *flags)
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80
@@ -172,6 +178,7 @@ def test_compare_has_a_row_for_each_file(text: Path) -> None:
         (["eval", "{tiny}", "{text}", "--stride", "65"], 2, "stride is 65: expected 1 to"),
         (["compare", "{tiny}", "{text}", "--rounds", "1"], 3, "this is text: expected a model"),
         (["compare", "{tiny}", "--rounds", "0"], 2, "--rounds is 0"),
+        (["compare", "{tiny}", "--encoding", "latin-1"], 2, "name the text with --data"),
         (["compare"], 2, "Missing argument 'MODEL"),
     ],
 )

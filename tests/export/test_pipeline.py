@@ -300,8 +300,14 @@ def test_held_out_text_can_be_given_and_must_suffice(
         export(checkpoint, tmp_path / "m.onnx")
     text = tmp_path / "eval.txt"
     text.write_text("A text of its own. " * 20, encoding="utf-8")
-    export(checkpoint, tmp_path / "m.onnx", eval_data=text)
+    utf8 = export(checkpoint, tmp_path / "m.onnx", eval_data=text)
     assert (tmp_path / "m.onnx").exists()
+    text.write_text("A text of its own. " * 20, encoding="utf-16-le")
+    out = tmp_path / "n.onnx"
+    utf16 = export(checkpoint, out, eval_data=text, encoding="utf-16-le")
+    assert utf16["quality"] == utf8["quality"]
+    with pytest.raises(UsageError, match="name the text with --eval-data"):
+        export(checkpoint, out, encoding="utf-16-le", force=True)
 
 
 def test_the_loss_of_the_file_is_the_loss_of_the_model(
