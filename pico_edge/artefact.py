@@ -29,6 +29,7 @@ from typing import Any
 from pico_edge.config import GPTConfig
 
 CHECKPOINT_MAGIC = b"PK\x03\x04"  # how ckpt.pt begins, a zip file, and no model.onnx
+HELD_OUT_BYTES = 64 << 10  # of validation text at most, in a checkpoint
 FORMAT_VERSION = 1  # of model.onnx; raised when an older pico-edge could misread a newer file
 
 KEY_PREFIX = "pico_edge."

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pico_edge.runtime.evaluate import CHUNK_TOKENS, log_softmax
 from pico_edge.runtime.sampling import Logits
 from pico_edge.runtime.session import Session
-
-# Tokens per call: the logits of a 50,304-token vocabulary then take 26 MB.
-CHUNK_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,7 @@ def score_ids(session: Session, ids: Sequence[int]) -> list[TokenScore]:
             new = max(0, len(scores) - at)  # the first of them whose prediction is not there yet
             logits = cache.append(0, chunk, all_logits=True)[new:, :n_vocab]
             targets = ids[at + 1 + new : at + 1 + len(chunk)]
-            log_p = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-            log_p -= np.log(np.exp(log_p).sum(axis=1, keepdims=True))
+            log_p = log_softmax(logits)
             for i, token_id in enumerate(targets):
                 scores.append(
                     TokenScore(token_id, float(log_p[i, token_id]), at + new + i + 1 - start)

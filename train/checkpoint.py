@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pico_edge import __version__
-from pico_edge.artefact import CHECKPOINT_MAGIC
+from pico_edge.artefact import CHECKPOINT_MAGIC, HELD_OUT_BYTES
 from pico_edge.config import GPTConfig
 from pico_edge.errors import ArtefactError
 from pico_edge.ngrams import NGrams
@@ -33,7 +33,6 @@ from pico_edge.tokenizer import Tokenizer, tokenizer_from_dict, tokenizer_hash
 from pico_edge.train.model import GPT
 
 FORMAT_VERSION = 1
-MAX_HELD_OUT_BYTES = 64 << 10
 
 _KIND = "pico-edge checkpoint"
 # The size of the whole file, in a fixed number of digits, stands near its start: what is left of a
@@ -150,8 +149,8 @@ def save_checkpoint(
     previous: a name under which the file that is replaced stays (last.prev.pt). Raises OSError when
     the disk refuses, TypeError for a value that is neither a tensor nor plain.
     """
-    if len(checkpoint.held_out.encode()) > MAX_HELD_OUT_BYTES:
-        raise ValueError(f"held_out is over {MAX_HELD_OUT_BYTES} bytes of UTF-8")
+    if len(checkpoint.held_out.encode()) > HELD_OUT_BYTES:
+        raise ValueError(f"held_out is over {HELD_OUT_BYTES} bytes of UTF-8")
     content = {
         "kind": _KIND,
         "file_bytes": "0" * _SIZE_DIGITS,

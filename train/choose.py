@@ -19,6 +19,7 @@ import torch
 
 from pico_edge.config import GPTConfig
 from pico_edge.errors import UsageError
+from pico_edge.tokenizer import SimpleTokenizer
 from pico_edge.train.model import GPT
 from pico_edge.train.optim import make_optimizers
 from pico_edge.train.report import count, duration
@@ -168,7 +169,7 @@ def int8_bytes(config: GPTConfig, n_vocab: int) -> int:
     """Size of `pico-edge export --quantize` for a model of this shape, within a few percent."""
     matrices = config.n_embd * (config.vocab_size + 12 * config.n_embd * config.n_layer)
     floats = config.n_embd * (config.block_size + 13 * config.n_layer + 2)
-    tokenizer = BYTES_PER_TOKEN * n_vocab if n_vocab > 257 else 0
+    tokenizer = BYTES_PER_TOKEN * n_vocab if n_vocab > SimpleTokenizer.n_vocab else 0
     graph = GRAPH_BYTES + GRAPH_BYTES_PER_LAYER * config.n_layer
     return round(matrices * BYTES_PER_WEIGHT) + 4 * floats + tokenizer + graph
 

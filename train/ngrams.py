@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pico_edge.ngrams import BITS, MULTIPLIER, SHIFT, NGrams, max_entries
+from pico_edge.tokenizer import SimpleTokenizer
 from pico_edge.train.tokens import IdArray, Tokens
 
 # Shortest and longest context: bytes say less each than the tokens of a larger vocabulary.
@@ -49,7 +50,7 @@ def count_ngrams(tokens: Tokens | IdArray, n_vocab: int) -> NGrams:
     A longer context is in it only for the tokens that it foretells and a shorter one does not.
     """
     ids = _sample(tokens)
-    min_order, max_order = BYTE_ORDERS if n_vocab <= 257 else BPE_ORDERS
+    min_order, max_order = BYTE_ORDERS if n_vocab <= SimpleTokenizer.n_vocab else BPE_ORDERS
     table = np.full(1 << BITS, _NOTHING)  # what the orders so far foretell, by key
     hashes = np.zeros(len(ids), np.uint64)  # of the `order` tokens before each position
     plus_one = ids.astype(np.uint64) + np.uint64(1)

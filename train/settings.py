@@ -17,6 +17,7 @@ from typing import Any
 
 from pico_edge.config import GPTConfig
 from pico_edge.errors import ArtefactError, UsageError
+from pico_edge.tokenizer import SimpleTokenizer
 
 DEFAULT_MINUTES = 10.0
 # Peak of a fine-tune against that of a fresh model: weights that are good already want small steps.
@@ -132,7 +133,9 @@ class TrainSettings:
             _check_number(name, getattr(self, name), 1, whole=True)
         _check_number("warmup_iters", self.warmup_iters, 0, whole=True)
         _check_number("seed", self.seed, 0, below=2**63, whole=True)
-        _check_number("vocab_size", self.vocab_size, 257, below=2**24, whole=True)
+        _check_number(
+            "vocab_size", self.vocab_size, SimpleTokenizer.n_vocab, below=2**24, whole=True
+        )
         _check_number("target_bytes", self.target_bytes, 1, whole=True)
         for name in ("minutes", "learning_rate", "target_tokens_per_second"):
             _check_number(name, getattr(self, name), 0, exclusive=True)

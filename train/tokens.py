@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from pico_edge.artefact import HELD_OUT_BYTES
 from pico_edge.errors import ArtefactError, PicoEdgeError, UsageError
 from pico_edge.publish import Writable, publish, remove_stale
 from pico_edge.tokenizer import (
@@ -36,7 +37,6 @@ from pico_edge.train.report import Reporter
 from pico_edge.train.text import Piece, fingerprint, read_documents
 from pico_edge.train.throughput import Throughput
 
-HELD_OUT_BYTES = 64 << 10
 CACHE_VERSION = 2  # of tokens.bin and its sidecar: raised when the same text gives others
 
 IdArray = NDArray[np.unsignedinteger[Any]]

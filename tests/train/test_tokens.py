@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from pico_edge.artefact import HELD_OUT_BYTES
 from pico_edge.errors import ArtefactError, UsageError
 from pico_edge.tokenizer import PIECE_CHARACTERS, BPETokenizer, SimpleTokenizer
 from pico_edge.train import report, throughput
@@ -26,7 +27,7 @@ from pico_edge.train.batches import batch
 from pico_edge.train.bpe import choose_tokenizer, train_bpe
 from pico_edge.train.report import Reporter
 from pico_edge.train.text import fingerprint, read_documents
-from pico_edge.train.tokens import HELD_OUT_BYTES, TokenData, Tokens, prepare_tokens
+from pico_edge.train.tokens import TokenData, Tokens, prepare_tokens
 
 ENGLISH = "It was the best of times, it was the worst of times; isn't it 1859?\n\n"
 CHINESE = "道可道，非常道。名可名，非常名。無名天地之始；有名萬物之母。\n"  # noqa: RUF001
