@@ -28,6 +28,19 @@ def test_the_block_is_the_largest_that_divides_the_rows(k: int, expected: int) -
     assert block_size_for(k) == expected
 
 
+def test_the_head_and_the_end_of_the_mlp_have_finer_blocks(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = GPTConfig(block_size=32, vocab_size=272, n_layer=4, n_head=2, n_embd=128)
+    path = export(make_checkpoint(config), tmp_path / "m.onnx", quantize=True)["file"]
+    sizes = [
+        next(a.i for a in node.attribute if a.name == "block_size")
+        for node in onnx.load(path).graph.node
+        if node.op_type == "MatMulNBits"
+    ]
+    assert sizes == [128, 128, 128, 32] * 4 + [16]
+
+
 def test_rows_that_no_block_divides_are_refused() -> None:
     with pytest.raises(ValueError, match="rows of 40 weights"):
         block_size_for(40)
@@ -141,6 +154,13 @@ def test_the_plan_follows_the_shape_alone() -> None:
     short = dataclasses.replace(narrow, block_size=256)
     assert choose_plan(short, 8).cache == choose_plan(short, 4).cache == "float32"
     assert choose_plan(dataclasses.replace(wide, block_size=256), 8).cache == "int8"
+    mlp, head = "transformer.h.1.mlp.c_proj", "lm_head"
+    micro = GPTConfig(n_layer=4, n_head=4, n_embd=256, vocab_size=272)
+    plan = choose_plan(micro, 8)
+    assert (plan.largest_block(head), plan.largest_block(mlp)) == (16, 32)
+    words = choose_plan(narrow, 8)  # whose fine table would grow the file by an eighth
+    assert (words.largest_block(head), words.largest_block(mlp)) == (128, 64)
+    assert choose_plan(wide, 8).largest_block(head) == choose_plan(micro, 4).largest_block(head)
     single = choose_plan(GPTConfig(n_layer=1), 4).forms  # nothing of it is spared
     assert single["transformer.h.0.mlp.c_proj"] == single["transformer.h.0.attn.c_attn"] == "int4"
     deep = choose_plan(GPTConfig(), 4).forms
@@ -171,7 +191,7 @@ def test_int4_packs_the_first_weight_into_the_low_half(int4_report: dict[str, An
     graph.inputs.append(x)
     graph.outputs.append(y)
     graph.append(node)
-    quantize._replace_by_blocks(graph, node, weight, 4, None)
+    quantize._replace_by_blocks(graph, node, weight, 4, None, 128)
     del graph.initializers["w"]
     data = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
     session = ort.InferenceSession(data, providers=["CPUExecutionProvider"])
