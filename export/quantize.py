@@ -29,6 +29,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from pico_edge.artefact import NARROW_BELOW, SCALE_BLOCK, fine_blocks
 from pico_edge.config import GPTConfig
 from pico_edge.export.blocks import quantize_matrix
 from pico_edge.export.calibrate import Statistics
@@ -40,13 +41,13 @@ FloatArray = npt.NDArray[np.floating[Any]]
 # Largest first: a scale per 128 weights is the fastest kernel and costs 3 % of size at 8 bits. The
 # block must divide the rows' length: DirectML requires it, and a partial block would waste the
 # kernel's time elsewhere.
-BLOCK_SIZES = (128, 64, 32, 16)
+BLOCK_SIZES = (SCALE_BLOCK, 64, 32, 16)
 # 4 = the kernel also quantizes activations, per row and block, to int8: the only fast path at 8
 # bits.
 ACCURACY_LEVEL = 4
 # From this width on 8-bit blocks take the rows form. Its five small nodes cost a step 3 us: 6 % at
 # 12 x 768, where 128 tokens of prompt gain 48 %; 27 % at 6 x 384 for 34 %; 35 % at 4 x 128.
-ROWS_MIN_WIDTH = 512
+ROWS_MIN_WIDTH = NARROW_BELOW
 # GELU never goes below minus this (tanh and erf form alike): its outputs need no negative half.
 GELU_SHIFT = 0.17005
 DEEP = 8  # layers
@@ -54,15 +55,6 @@ DEEP = 8  # layers
 # 6 x 384 are within 5 % up to depth 256 (and 17 % slower at 480), prompts of 128 tokens take 0.64
 # to 0.76 of the time, and texts are closer to fp32's.
 SHORT_CONTEXT = 256
-# Weights, and so activations, that share a scale where the error of an int8 file comes from (BPE
-# model of 4 x 256, KL x 1e-5 of 19.3 in all): what the head reads 7.8, what mlp.c_proj reads 4.9.
-# Blocks of 16 and 32 there leave 9.2, and the likeliest token is fp32's at 99.1 % of the places
-# instead of 98.7; the head's cost no time, mlp.c_proj's 5 % of a step, in blocks of 64 3 %.
-FINE_HEAD_BLOCK = 16
-# A large table would grow the file, by a fifth of itself: at most this share of all weights.
-FINE_HEAD_SHARE = 0.1
-FINE_MLP_BLOCK = 32
-FINE_MLP_WIDTH = 256  # wider ones have blocks twice as long, and so stay within 3 % of 8-bit peers
 # The held-out text may hold larger keys and values than the part that was looked at.
 CACHE_MARGIN = 1.1
 
@@ -85,7 +77,7 @@ class Plan:
         """At most this many weights of a matrix share a scale."""
         if self.forms[name] == "int4":
             return self.int4_block
-        return self.fine.get(name, BLOCK_SIZES[0])
+        return self.fine.get(name, SCALE_BLOCK)
 
 
 def choose_plan(config: GPTConfig, bits: int) -> Plan:
@@ -103,18 +95,8 @@ def choose_plan(config: GPTConfig, bits: int) -> Plan:
     # A quarter of the block: a sixth less divergence than half of it, for 6 % of a file that is
     # small anyway and 5 % of a step; half of it is as much better than the whole.
     cache = "float32" if narrow and config.block_size <= SHORT_CONTEXT else "int8"
-    fine = _fine_blocks(config) if narrow and bits == 8 else {}
+    fine = fine_blocks(config) if narrow and bits == 8 else {}
     return Plan(f"int{bits}", forms, cache, 32 if narrow else 128, fine)
-
-
-def _fine_blocks(config: GPTConfig) -> dict[str, int]:
-    mlp_block = FINE_MLP_BLOCK if config.n_embd <= FINE_MLP_WIDTH else 2 * FINE_MLP_BLOCK
-    fine = {f"transformer.h.{i}.mlp.c_proj": mlp_block for i in range(config.n_layer)}
-    table = config.vocab_size * config.n_embd
-    layers = 12 * config.n_embd**2 * config.n_layer
-    if table <= FINE_HEAD_SHARE * (table + layers):
-        fine["lm_head"] = FINE_HEAD_BLOCK
-    return fine
 
 
 def _int4_form(config: GPTConfig, layer: int, part: str) -> str:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from pico_edge.artefact import NARROW_BELOW, SCALE_BLOCK, fine_blocks
 from pico_edge.config import GPTConfig
 from pico_edge.errors import UsageError
 from pico_edge.tokenizer import SimpleTokenizer
@@ -46,8 +47,8 @@ TARGET_SHAPES = (
     (10, 10, 640),
     (12, 12, 768),
 )
-# An int8 file: a byte to a weight of a matrix, a scale for every 128 at most, all else in float32.
-BYTES_PER_WEIGHT = 1 + 4 / 128
+# An int8 file: a byte to a weight of a matrix, a float32 for every scale and all else.
+BYTES_PER_WEIGHT = 1 + 4 / SCALE_BLOCK
 GRAPH_BYTES_PER_LAYER, GRAPH_BYTES = 4_000, 20_000
 BYTES_PER_TOKEN = 14  # of a vocabulary, in base64 and JSON
 # A step of the runtime beside reading its weights: most of the 90 us of 4 x 128 on a laptop.
@@ -171,7 +172,13 @@ def int8_bytes(config: GPTConfig, n_vocab: int) -> int:
     floats = config.n_embd * (config.block_size + 13 * config.n_layer + 2)
     tokenizer = BYTES_PER_TOKEN * n_vocab if n_vocab > SimpleTokenizer.n_vocab else 0
     graph = GRAPH_BYTES + GRAPH_BYTES_PER_LAYER * config.n_layer
-    return round(matrices * BYTES_PER_WEIGHT) + 4 * floats + tokenizer + graph
+    finer = 0  # scales beyond one for SCALE_BLOCK weights
+    if config.n_embd < NARROW_BELOW:
+        for name, block in fine_blocks(config).items():
+            rows = config.vocab_size if name == "lm_head" else 4 * config.n_embd
+            finer += rows * config.n_embd * (SCALE_BLOCK // block - 1) // SCALE_BLOCK
+    scaled = round(matrices * BYTES_PER_WEIGHT) + 4 * finer
+    return scaled + 4 * floats + tokenizer + graph
 
 
 def decode_tokens_per_second(config: GPTConfig, n_bytes: int, bytes_per_second: float) -> float:

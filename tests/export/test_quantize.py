@@ -21,6 +21,7 @@ from pico_edge.export.pipeline import export
 from pico_edge.export.quantize import GELU_SHIFT, block_size_for, choose_plan
 from pico_edge.runtime.preflight import read_model_file
 from pico_edge.runtime.session import Session
+from pico_edge.train.choose import int8_bytes
 
 
 @pytest.mark.parametrize(("k", "expected"), [(768, 128), (384, 128), (192, 64), (96, 32), (48, 16)])
@@ -39,6 +40,7 @@ def test_the_head_and_the_end_of_the_mlp_have_finer_blocks(
         if node.op_type == "MatMulNBits"
     ]
     assert sizes == [128, 128, 128, 32] * 4 + [16]
+    assert Path(path).stat().st_size == pytest.approx(int8_bytes(config, 257), rel=0.03)
 
 
 def test_rows_that_no_block_divides_are_refused() -> None:
