@@ -118,7 +118,7 @@ def export(
     text = None
     if eval_data is not None:
         text = _read_text(eval_data, encoding=encoding, text_field=text_field)
-    calibration_ids, ids = _texts(checkpoint, checkpoint_path, eval_data, text)
+    calibration_ids, ids = _texts(checkpoint, text, source=eval_data or checkpoint_path)
     model = build_model(checkpoint)
     checkpoint = dataclasses.replace(checkpoint, model={})  # the model has its own
     with tempfile.TemporaryDirectory(prefix="pico-edge-") as folder:
@@ -242,9 +242,12 @@ def _silent(line: str) -> None:
 
 
 def _texts(
-    checkpoint: Checkpoint, path: Path, eval_data: Path | None, text: str | None
+    checkpoint: Checkpoint, text: str | None, *, source: Path
 ) -> tuple[Sequence[int], Sequence[int]]:
-    """Ids to calibrate on and ids to measure on. Raises ArtefactError if these are too few."""
+    """Ids to calibrate on and ids to measure on, these of the text, by default of the checkpoint's.
+
+    Raises ArtefactError, naming the source, if these are too few.
+    """
     held_out = checkpoint.tokenizer.encode(checkpoint.held_out)
     if text is None:
         calibration_ids, ids = split_ids(held_out)
@@ -255,7 +258,7 @@ def _texts(
             calibration_ids, ids = split_ids(ids)
     if len(ids) < 2:
         raise ArtefactError(
-            f"{eval_data or path}: {len(ids)} tokens of held-out text: expected 2 or "
+            f"{source}: {len(ids)} tokens of held-out text: expected 2 or "
             "more: give a longer text with --eval-data"
         )
     return calibration_ids, ids

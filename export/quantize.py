@@ -95,7 +95,7 @@ def choose_plan(config: GPTConfig, bits: int) -> Plan:
     # A quarter of the block: a sixth less divergence than half of it, for 6 % of a file that is
     # small anyway and 5 % of a step; half of it is as much better than the whole.
     cache = "float32" if narrow and config.block_size <= SHORT_CONTEXT else "int8"
-    fine = fine_blocks(config) if narrow and bits == 8 else {}
+    fine = fine_blocks(config) if bits == 8 else {}
     return Plan(f"int{bits}", forms, cache, 32 if narrow else 128, fine)
 
 

@@ -161,7 +161,9 @@ SAMPLING_DEFAULTS: dict[str, Any] = {
 
 
 def fine_blocks(config: GPTConfig) -> dict[str, int]:
-    """Weights that share a scale in a narrow int8 file, by module name, where not SCALE_BLOCK."""
+    """Weights that share a scale in an int8 file, by module name, where not SCALE_BLOCK."""
+    if config.n_embd >= NARROW_BELOW:
+        return {}
     mlp_block = FINE_MLP_BLOCK if config.n_embd <= FINE_MLP_WIDTH else 2 * FINE_MLP_BLOCK
     fine = {f"transformer.h.{i}.mlp.c_proj": mlp_block for i in range(config.n_layer)}
     table = config.vocab_size * config.n_embd
