@@ -20,6 +20,7 @@ import onnx
 import onnx_ir as ir
 
 from pico_edge.errors import ArtefactError, PicoEdgeError, UsageError
+from pico_edge.export.align import align
 from pico_edge.export.calibrate import Statistics, calibrate, split_ids
 from pico_edge.export.metadata import write_metadata, write_parity
 from pico_edge.export.quantize import Plan
@@ -133,7 +134,7 @@ def export(
             max_loss_increase,
             progress or _silent,
         )
-        proto = ir.to_proto(graph)
+        proto = _proto(graph)
         onnx.checker.check_model(proto, full_check=True)
         data = proto.SerializeToString()
     publish(out, lambda file: file.write(data))
@@ -276,8 +277,14 @@ def _session(
     kernels = kernel_report(graph, target)
     write_metadata(graph, checkpoint, target=target, bits=bits, plan=plan, kernels=kernels)
     path = folder / f"{target.name}-{precision_of(target, bits)}.onnx"
-    ir.save(graph, path)
+    path.write_bytes(_proto(graph).SerializeToString())
     return Session(path, provider="cpu")
+
+
+def _proto(graph: ir.Model) -> onnx.ModelProto:
+    proto = ir.to_proto(graph)
+    align(proto)
+    return proto
 
 
 def _check_quality(quality: Comparison, max_loss_increase: float) -> None:

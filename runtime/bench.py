@@ -183,12 +183,11 @@ def _time_generate(model: Model, prompt_tokens: int, new_tokens: int) -> tuple[i
 def bytes_per_token(session: Session, length: int) -> int:
     """Bytes that a decode step reads at `length` cached tokens: weights, the cache.
 
-    Weights are the file without its metadata and without the table of positions, of which a step
-    reads one row; the table of tokens counts, since the head reads it.
+    Weights are all tensors but the table of positions, of which a step reads one row; the table of
+    tokens counts, since the head reads it.
     """
     config = session.config
-    metadata = session.ort.get_modelmeta().custom_metadata_map
-    weights = session.size - sum(len(v.encode()) for v in metadata.values())
+    weights = session.weight_bytes
     position_bytes = 2 if session.cache_dtype == np.float16 else 4  # then all floats are halves
     weights -= config.block_size * config.n_embd * position_bytes
     cached = 2 * config.n_layer * length * config.n_embd * session.cache_dtype.itemsize

@@ -45,6 +45,13 @@ ORT_ERRORS = (
 # With bound memory it raises RuntimeError, whatever is wrong, or cannot decode its own message.
 RUN_ERRORS = (*ORT_ERRORS, RuntimeError, UnicodeDecodeError)
 
+# Tokens of a call on the CPU. 1000 at 12 x 768, Zen 4, 2 threads, in pieces of 250: int8 0.78
+# to 0.93 s instead of 1.05 and 20 MB instead of 74, int4 0.81 of the time, float32 1.02; 300 in
+# two pieces 0.93, 0.94 and 1.03 of the time. The logits are the same to the bit.
+PROMPT_PIECE = 256
+# Longer ones of a batch go row by row: 4 x 300 tokens 1.2 of the time at int8, 4 x 800 0.89.
+BATCH_PIECE = 512
+
 NO_MEMORY = ("bad_alloc", "Failed to allocate memory")  # in its words
 
 
@@ -120,11 +127,24 @@ class Cache:
             raise ValueError(f"{len(rows)} rows: the cache has {self.batch}")
         if any(self.lengths):
             raise ValueError("prefill needs an empty cache: call reset first")
+        longest = max(len(row) for row in rows)
+        most = PROMPT_PIECE if self.batch == 1 else BATCH_PIECE
+        if longest > most and self.session.device == "cpu":
+            return self._prefill_by_row(rows)
         logits = self._run_prompts(rows, [[len(row) - 1] for row in rows])
         self.lengths[:] = [len(row) for row in rows]
         if self._history is not None:
             self._history = [[int(i) for i in row] for row in rows]
         return logits
+
+    def _prefill_by_row(self, rows: Sequence[Ids]) -> FloatArray:
+        """`prefill` of long rows: one after the other, in pieces."""
+        self._checked(rows)
+        try:
+            return np.concatenate([self.append(row, ids) for row, ids in enumerate(rows)])
+        except BaseException:
+            self.reset()
+            raise
 
     def append(self, row: int, ids: Ids, *, all_logits: bool = False) -> FloatArray:
         """Add ids to one row, at any length of it; logits (1, V) of the last id, or (S, V) of all.
@@ -136,22 +156,27 @@ class Cache:
         past, n = self.lengths[row], len(ids)
         if past + n > self.capacity:
             raise ValueError(f"{past} + {n} tokens: the cache holds {self.capacity}")
-        wanted = list(range(n)) if all_logits else [n - 1]
         if self._history is not None and past and n > 1:
-            return self._replay(row, ids, wanted)
+            return self._replay(row, ids, list(range(n)) if all_logits else [n - 1])
         chunk = self._checked([ids])
-        logits: FloatArray = np.empty((len(wanted), self._vocab_size), self.session.logits_dtype)
-        self._run(
-            self._row_binding(row),
-            _small_inputs(
-                chunk,
-                np.arange(past, past + n, dtype=np.int64)[None],  # (1, S)
-                np.array([past + n - 1], np.int32),
-                np.array(past + n, np.int32),
-                np.array(wanted, np.int64),
-            ),
-            logits,
+        logits: FloatArray = np.empty(
+            (n if all_logits else 1, self._vocab_size), self.session.logits_dtype
         )
+        pieces = 1 if all_logits or self.session.device != "cpu" else -(-n // PROMPT_PIECE)
+        for piece in np.array_split(chunk, pieces, axis=1):
+            end = past + piece.shape[1]
+            self._run(
+                self._row_binding(row),
+                _small_inputs(
+                    np.ascontiguousarray(piece),
+                    np.arange(past, end, dtype=np.int64)[None],  # (1, S)
+                    np.array([end - 1], np.int32),
+                    np.array(end, np.int32),
+                    np.arange(piece.shape[1], dtype=np.int64)[-len(logits) :],
+                ),
+                logits,
+            )
+            past = end
         self.lengths[row] += n
         if self._history is not None:
             self._history[row] += [int(i) for i in ids]

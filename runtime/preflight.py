@@ -67,13 +67,17 @@ MAX_METADATA_TOTAL_BYTES = 2 * artefact.MAX_METADATA_BYTES
 
 @dataclass(frozen=True)
 class Tensor:
-    """An initializer. n_bytes: length of its contents. span: where its message is in the file."""
+    """An initializer. n_bytes: length of its contents. span: where its message is in the file.
+
+    contents: where its raw bytes begin in the file; -1 if they are numbers one by one.
+    """
 
     name: str
     elem_type: str
     shape: tuple[int, ...]
     n_bytes: int
     span: tuple[int, int]
+    contents: int
 
 
 @dataclass(frozen=True)
@@ -121,11 +125,11 @@ def read_model_file(path: str | os.PathLike[str], *, allow_foreign: bool = False
             raise ArtefactError(f"{path}: {found.st_size} bytes: expected at most {MAX_FILE_BYTES}")
         with mmap.mmap(file.fileno(), found.st_size, access=mmap.ACCESS_READ) as data:
             try:
-                model_file = _Walk(path, data).model(_identity(found), allow_foreign)
+                model_file = _Walk(path, data).model(identity(found), allow_foreign)
             except WireError as error:
                 reason = _guess(data[:1024]) or f"damaged or cut short ({error}): {AGAIN}"
                 raise ArtefactError(f"{path}: not a whole ONNX model: {reason}") from error
-        if _identity(os.fstat(file.fileno())) != model_file.identity:
+        if identity(os.fstat(file.fileno())) != model_file.identity:
             raise ArtefactError(f"{path}: changed while it was read: try again")
     return model_file
 
@@ -135,11 +139,12 @@ def check_unchanged(model_file: ModelFile) -> None:
 
     Raises ArtefactError if the path names another file now, or one of other size or mtime.
     """
-    if _identity(os.stat(model_file.path)) != model_file.identity:
+    if identity(os.stat(model_file.path)) != model_file.identity:
         raise ArtefactError(f"{model_file.path}: changed while it was loaded: try again")
 
 
-def _identity(found: os.stat_result) -> tuple[int, int, int, int]:
+def identity(found: os.stat_result) -> tuple[int, int, int, int]:
+    """Device, inode, size and mtime_ns: another file, or other contents, differ in one of them."""
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
@@ -391,7 +396,7 @@ class _Walk(Reader):
             self.refuse(f"more than {MAX_ITEMS} tensors: expected a model of pico-edge")
         name, data_type, dims = "", 0, list[int]()
         stored: Counter[int] = Counter()  # field of contents -> elements there; bytes if raw
-        n_bytes = 0
+        n_bytes, contents = 0, -1
         for number, start, stop in self.fields(TENSOR, pos, end):
             if number == 1:
                 for dim in (start,) if stop < 0 else self.packed(start, stop):
@@ -408,6 +413,7 @@ class _Walk(Reader):
                 self.refuse(f"tensor {name[:80]!r} is a segment of another: {AGAIN}")
             elif number in (4, 5, 6, 7, 9, 10, 11):
                 n_bytes += stop - start if stop >= 0 else 0
+                contents = start if number == RAW_DATA else contents
                 stored[number] += self.n_stored(number, start, stop)
         element = ELEMENTS.get(data_type)
         if element is None:
@@ -426,7 +432,7 @@ class _Walk(Reader):
                 f"tensor {name[:80]!r} stores {found} {unit}: "
                 f"{element.name} {dims} takes {expected}, and nothing else: {AGAIN}"
             )
-        return Tensor(name, element.name, tuple(dims), n_bytes, (pos, end))
+        return Tensor(name, element.name, tuple(dims), n_bytes, (pos, end), contents)
 
     def n_stored(self, number: int, start: int, stop: int) -> int:
         """Values in one occurrence of a contents field of TensorProto; bytes for raw_data."""

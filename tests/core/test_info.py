@@ -68,7 +68,7 @@ def test_sizes_add_up_and_every_weight_has_a_part(path: Path) -> None:
     ],
 )
 def test_a_weight_belongs_to_a_part_by_its_name(name: str, part: str) -> None:
-    assert part_of(Tensor(name, "float32", (), 4, (0, 0))) == part
+    assert part_of(Tensor(name, "float32", (), 4, (0, 0), -1)) == part
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -207,7 +207,8 @@ def test_a_sound_file_is_described(tmp_path):
     assert found.node_count == 2
     assert found.op_types == {"Gather": 1, "com.microsoft.FastGelu": 1}
     (weight,) = found.initializers
-    assert weight == Tensor("w", "float32", (3, 2), 24, weight.span)
+    assert weight == Tensor("w", "float32", (3, 2), 24, weight.span, weight.contents)
+    assert found.path.read_bytes()[weight.contents :][:24] == bytes(24)
     data = found.path.read_bytes()
     assert data[slice(*weight.span)] == tensor([3, 2])
     assert data[slice(*found.graph_span)].startswith(field(1, node("Gather")))
