@@ -35,14 +35,11 @@ import numpy.typing as npt
 
 from pico_edge.artefact import SAMPLING_DEFAULTS
 from pico_edge.errors import PicoEdgeError, UsageError
+from pico_edge.runtime.mass import LEFT, RIGHT, Mass, Place, Side
 
 ContextOverflow = Literal["slide", "stop"]
 Logits = npt.NDArray[np.floating[Any]]
 Weights = npt.NDArray[np.float64]
-
-Side = Literal["left", "right"]
-LEFT: Side = "left"  # the first place where a sum reaches a number
-RIGHT: Side = "right"  # the first place where it exceeds it
 
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 INFINITY = math.inf
@@ -53,14 +50,9 @@ MAX_SEED = (1 << 63) - 1
 MAX_LOGIT = 1e30
 # Below it logits would overflow; long before, only the largest have any chance.
 MIN_TEMPERATURE = 1e-200
-# Without top-k, the most likely tokens are tried by themselves first, then more, then all; the next
-# draw begins where this one ended. Of 50,304 tokens that takes 75, 120 and 180 us.
-HEAD, MIDDLE = 256, 8192
+HEAD = 256  # tokens of a block; without top-k so many are tried by themselves first
+HEAD_AGAIN = 8  # draws after which they are, if others were needed
 FEW = 4096  # where sorting all of them is cheaper
-# How far a sum of V exponentials may be from the true one, in proportion. float32, half the time:
-# up to 88 in the exponent, times three roundings of 2**-24, and 3e-6 for exp and sum: 2e-5.
-# float64: up to 745, times three roundings of 2**-53, and as much for the rest: 1e-12.
-SUM_ERRORS: dict[np.dtype[Any], float] = {FLOAT32: 5e-5, FLOAT64: 1e-11}
 MIN_HEAD_TEMPERATURE = 1e-3  # below it float32 exponents could overflow
 # Candidates looked at for each token wanted: enough that the guess still holds for the next logits.
 # Of a trained 6 x 384 model's draws the guess failed 33 % with 2, 20 % with 3, 1 % with 4; of one
@@ -157,9 +149,11 @@ class Sampler:
             and sampling.min_p == 0
             and sampling.typical_p == 1
         )
-        self._tried = HEAD  # how many tokens to begin with where all may be drawn
+        self._in_head = True  # the last draw was of the HEAD likeliest
+        self._draws = 0
         self._negative: Logits = np.empty(0, np.float32)  # memory of `_sample_all`
         self._weights: Weights = np.empty(0)
+        self._scratch: Weights = np.empty(0)
 
     def draw(self, logits: Logits, u: float) -> int:
         """`sample`, the usual case (top-k alone and a guess that holds) in one piece.
@@ -220,7 +214,7 @@ class Sampler:
         if k < V:
             values = self._largest(logits, k)
             weights = _weights(values, sampling.temperature)
-            return nth_most_likely(logits, values, _choose(weights, u, sampling)[0])
+            return nth_most_likely(logits, values, _choose(weights, u, sampling))
         return self._sample_all(logits, u)
 
     def _sample_all(self, logits: Logits, u: float) -> int:
@@ -228,29 +222,45 @@ class Sampler:
         V, sampling = logits.size, self.sampling
         # Memory of our own: the system takes longer to hand out 600 kB than numpy to fill them.
         if self._negative.size != V or self._negative.dtype != logits.dtype:
-            self._negative, self._weights = np.empty_like(logits), np.empty(V)
+            self._negative, self._weights, self._scratch = (
+                np.empty_like(logits),
+                np.empty(V),
+                np.empty(V),
+            )
         if V > FEW and sampling.typical_p == 1 and sampling.temperature >= MIN_HEAD_TEMPERATURE:
-            for n in (HEAD, MIDDLE):
-                if n < self._tried or 2 * n > V:
-                    continue
-                if n == HEAD:
-                    values = self._largest(logits, n)
-                else:
-                    values = np.sort(np.partition(logits, V - n)[V - n :])[::-1]
-                chosen, needed = _choose_of_largest(values, logits, u, sampling, self._weights)
-                if needed < n:
-                    self._tried = HEAD if needed < HEAD else n
-                    return nth_most_likely(logits, values, chosen)
+            place = self._place(logits, u)
+            if place is not None:
+                return int((logits == place.logit).nonzero()[0][place.before])
         negative = np.negative(logits, self._negative)
         negative.sort()  # a NaN comes last
         check_finite(-float(negative[-1] if np.isnan(negative[-1]) else negative[0]))
         weights = np.subtract(negative[0], negative, self._weights, dtype=np.float64)
         weights /= max(sampling.temperature, MIN_TEMPERATURE)
-        chosen, needed = _choose(exp(weights, weights), u, sampling)
-        self._tried = HEAD if needed < HEAD else MIDDLE if needed < MIDDLE else V
+        chosen = _choose(exp(weights, weights), u, sampling)
         value = negative[chosen]
         before = chosen - int(negative.searchsorted(value))
         return int((logits == -value).nonzero()[0][before])
+
+    def _place(self, logits: Logits, u: float) -> Place | None:
+        """Where the token is that u chooses; None where only a sort of all of them can tell."""
+        sampling = self.sampling
+        self._draws += 1
+        values = None
+        if self._in_head or self._draws % HEAD_AGAIN == 0:
+            values = self._largest(logits, HEAD)
+        for dtype in (FLOAT32, FLOAT64):
+            memory, scratch = (
+                array.view(dtype)[: logits.size] for array in (self._weights, self._scratch)
+            )
+            mass = Mass(logits, sampling.temperature, dtype, memory, scratch)
+            check_finite(float(mass.highest))
+            place = None if values is None else _place_in_head(values, mass, u, sampling)
+            if values is not None:
+                self._in_head = place is not None
+            place = place or _place(mass, u, sampling)
+            if place is not None:
+                return place
+        return None
 
     def _largest(self, logits: Logits, k: int) -> Logits:
         values, self._guess[()] = largest(logits, k, self._guess.item())
@@ -332,11 +342,8 @@ def _weights(values: Logits, temperature: float) -> Weights:
     return exp(weights, weights)
 
 
-def _choose(weights: Weights, u: float, sampling: Sampling) -> tuple[int, int]:
-    """The index that u chooses among descending weights, after top-p, min-p and typical-p.
-
-    And how many of the weights are needed to tell, if the sum of all is known.
-    """
+def _choose(weights: Weights, u: float, sampling: Sampling) -> int:
+    """The index that u chooses among descending weights, after top-p, min-p and typical-p."""
     # u * total < total for every u <= 1 - 2**-53, also in float64: no token of weight 0 is chosen.
     kept = weights.size
     if kept <= HEAD and sampling.typical_p == 1:
@@ -345,48 +352,63 @@ def _choose(weights: Weights, u: float, sampling: Sampling) -> tuple[int, int]:
             kept = int(cumulative.searchsorted(sampling.top_p * cumulative[-1])) + 1
         if sampling.min_p > 0:
             kept = min(kept, _count_likely(weights, sampling.min_p))
-        return int(cumulative[:kept].searchsorted(u * cumulative[kept - 1], RIGHT)), kept
+        return int(cumulative[:kept].searchsorted(u * cumulative[kept - 1], RIGHT))
     ends = _ends(weights)
     if sampling.top_p < 1:
         kept = min(kept, _find(weights, ends, sampling.top_p * ends.item(-1), LEFT) + 1)
     if sampling.min_p > 0:
         kept = min(kept, _count_likely(weights, sampling.min_p))
     if sampling.typical_p < 1:
-        return _choose_typical(weights[:kept], u, sampling.typical_p), kept
-    chosen = _find(weights, ends, u * _sum(weights, ends, kept), RIGHT)
-    return chosen, kept if kept < weights.size else chosen + 1
+        return _choose_typical(weights[:kept], u, sampling.typical_p)
+    return _find(weights, ends, u * _sum(weights, ends, kept), RIGHT)
 
 
-def _choose_of_largest(
-    values: Logits, logits: Logits, u: float, sampling: Sampling, memory: Weights
-) -> tuple[int, int]:
-    """`_choose` of all logits, from the n largest of them; these can tell if it needs less than n.
-
-    The sum of all weights is known within SUM_ERRORS: where both ends of that choose the same
-    token, so does the sum itself. memory: (V,), is overwritten.
-    """
+def _place_in_head(values: Logits, mass: Mass, u: float, sampling: Sampling) -> Place | None:
+    """`_place` from the largest of all logits, descending; None where these do not decide it."""
     weights = _weights(values, sampling.temperature)
-    n, ends = weights.size, _ends(weights)
-    kept = _count_likely(weights, sampling.min_p) if sampling.min_p > 0 else n
-    if sampling.min_p > 0 and sampling.top_p == 1:
-        return _find(weights, ends, u * _sum(weights, ends, kept), RIGHT), kept
-    p, side = (sampling.top_p, LEFT) if sampling.top_p < 1 else (u, RIGHT)
-    for dtype, error in SUM_ERRORS.items():
-        if dtype is FLOAT32 and n > HEAD:
-            continue  # there single tokens weigh less than that error
-        shifted = np.subtract(logits, values[0], memory.view(dtype)[: logits.size], dtype=dtype)
-        shifted /= dtype.type(sampling.temperature)
-        total = float(exp(shifted, shifted).sum())
-        low, high = p * total * (1 - error), p * total * (1 + error)
-        first = _find(weights, ends, low, side)
-        if high < ends[-1] and first == _find(weights, ends, high, side):
-            if sampling.top_p == 1:
-                return first, first + 1
+    sums = accumulate(weights)
+    kept = _count_likely(weights, sampling.min_p) if sampling.min_p > 0 else weights.size
+    if sampling.top_p == 1 and sampling.min_p > 0:
+        if kept == weights.size:
+            return None
+    else:
+        p, side = (sampling.top_p, LEFT) if sampling.top_p < 1 else (u, RIGHT)
+        total, error = mass.rough
+        low, high = p * total * (1 - 2 * error), p * total * (1 + 2 * error)
+        first = int(sums.searchsorted(low, side))
+        decided = high < sums[-1] and first == sums.searchsorted(high, side)
+        if sampling.top_p == 1:
+            return _place_of(values, sums, first) if decided else None
+        if decided:
             kept = min(kept, first + 1)
-        elif kept == n or first + 1 < kept:
-            continue  # neither is top-p decided nor does min-p leave fewer in any case
-        return _find(weights, ends, u * _sum(weights, ends, kept), RIGHT), kept
-    return n, n
+        elif kept == weights.size or first + 1 < kept:  # or min-p leaves fewer in any case
+            return None
+    n = int(sums[:kept].searchsorted(u * sums[kept - 1], RIGHT))
+    return _place_of(values, sums, n)
+
+
+def _place_of(values: Logits, sums: Weights, n: int) -> Place:
+    """values: the largest logits, descending."""
+    before = n - int(np.count_nonzero(values > values[n]))
+    return Place(values[n], before, float(sums[n]))
+
+
+def _place(mass: Mass, u: float, sampling: Sampling) -> Place | None:
+    """The token that u chooses among all, after top-p and min-p; None where `mass` cannot tell."""
+    kept, lowest = mass.total, None
+    if sampling.top_p < 1:
+        last = mass.find(sampling.top_p * mass.total, LEFT)
+        if last is None:
+            return None
+        kept, lowest = last.reached, last.logit
+    if sampling.min_p > 0:
+        likely = mass.at_least(sampling.min_p)
+        if likely is None:
+            return None
+        kept = min(kept, likely)
+    if kept < mass.total and u * (1 + 2 * mass.error) >= 1:
+        return None  # the token behind the last one kept could be found
+    return mass.find(u * kept, RIGHT, lowest)
 
 
 def _choose_typical(weights: Weights, u: float, typical_p: float) -> int:
