@@ -69,8 +69,8 @@ class Weights:
         """The weights of a checked file; None where a path does as well, or must do.
 
         That is a file without large tensors, one whose tensors are not aligned to their elements
-        (those of pico-edge are), one with a name that is not UTF-8, and any on Windows, where this
-        has not been tried. Raises ArtefactError if the file is not the one that was checked.
+        (those of pico-edge are), one with a name that is not UTF-8 or has gone (it may still be
+        open, as /dev/fd/3), and any on Windows, where this has not been tried.
         """
         large = {
             tensor.span: tensor
@@ -78,11 +78,11 @@ class Weights:
             if tensor.n_bytes >= LARGE_BYTES
         }
         path = Path(os.path.realpath(model_file.path))  # a link may not leave its folder
-        if os.name != "posix" or not large or not is_utf8(path):
+        if os.name != "posix" or not large or not is_utf8(path) or not path.exists():
             return None
         with open(path, "rb") as file:
             if identity(os.fstat(file.fileno())) != model_file.identity:
-                raise ArtefactError(f"{model_file.path}: changed while it was loaded: try again")
+                return None
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 reader = Reader(model_file.path, data)
                 packed = _packed_names(reader, model_file.graph_span)
