@@ -113,7 +113,9 @@ def measurements(folder: Path) -> dict[str, Callable[[], float]]:
 
     def generate() -> float:
         start = time.perf_counter()
-        model.generate("The following", max_new_tokens=STEPS, seed=1, top_k=50)
+        model.generate(
+            "The following", max_new_tokens=STEPS, min_new_tokens=STEPS, seed=1, speculate="off"
+        )
         return time.perf_counter() - start
 
     def load() -> float:
