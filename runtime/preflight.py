@@ -345,13 +345,17 @@ class _Walk(Reader):
                     names.append(name)
         if op_type in BY_COLUMN:
             by_column.append((op_type, names))
-        self.check_node(op_type, n_outputs, integers)
+        self.check_node(op_type, names, n_outputs, integers)
         self.op_types[f"{domain}.{op_type}" if domain else op_type] += 1
 
-    def check_node(self, op_type: str, n_outputs: int, integers: dict[str, int]) -> None:
+    def check_node(
+        self, op_type: str, names: list[str], n_outputs: int, integers: dict[str, int]
+    ) -> None:
         """What onnxruntime 1.32 does not check, and then crashes or opens another file."""
         if op_type == "EPContext":
             self.refuse("an EPContext node may load another file: expected plain operators")
+        if op_type == "LayerNormalization" and "" in names:
+            self.refuse(f"a LayerNormalization has an input without a name: expected one: {AGAIN}")
         if op_type == "Split" and integers.get("num_outputs", n_outputs) != n_outputs:
             self.refuse(
                 f"a Split has num_outputs {integers['num_outputs']}, and {n_outputs} outputs: "

@@ -299,7 +299,7 @@ def _load(path: Path, provider: str, threads: int, weights: Weights | None) -> A
             session = webgpu.load(os.fspath(path), options)
         else:
             session = ort.InferenceSession(model, options, providers=[name], enable_fallback=0)
-    except ORT_ERRORS as error:
+    except (*ORT_ERRORS, UnicodeDecodeError) as error:  # its words may quote an attribute
         reason = str(error).splitlines()[0]
         if provider == "webgpu":
             reason += f": {WEBGPU_EXPORT}, or run it without --provider"

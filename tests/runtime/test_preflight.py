@@ -557,6 +557,12 @@ def test_attributes_that_crash_onnxruntime_are_refused(refusal, attribute, op_ty
     assert expected in refusal(model(field(1, node("If", inner))))
 
 
+def test_a_norm_without_a_name_for_its_bias_is_refused(refusal):
+    """onnxruntime 1.32 ends in a segmentation fault when it fuses one; a shorter list is fine."""
+    norm = node("LayerNormalization", extra=field(1, "scale") + field(1, ""))
+    assert "input without a name" in refusal(model(field(1, norm)))
+
+
 def test_an_attribute_given_twice_is_refused(refusal):
     one = field(1, "axis") + field(20, 2) + field(3, 0)
     assert "two attributes 'axis'" in refusal(model(field(1, node("Gather", one, one))))

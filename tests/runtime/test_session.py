@@ -415,3 +415,15 @@ def test_calls_of_several_threads_come_one_at_a_time_where_the_provider_wants_it
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
     assert (turns.taken, turns.most) == (4 * 21, 1)
+
+
+def test_what_onnxruntime_quotes_need_not_be_text(tmp_path):
+    """Its own message cannot be decoded then; the file is refused all the same."""
+    data = (DATA / "tiny_fp32.onnx").read_bytes()
+    path = tmp_path / "model.onnx"
+    proto = onnx.load_from_string(data)
+    attention = next(n for n in proto.graph.node if n.op_type == "GroupQueryAttention")
+    attention.attribute.append(onnx.helper.make_attribute("k_quant_type", "PER_CHANNEL"))
+    path.write_bytes(proto.SerializeToString().replace(b"PER_CHANNEL", b"PER\xf8CHANNEL"))
+    with pytest.raises(ArtefactError, match="cannot load it"):
+        Session(path, provider="cpu", threads=1)
