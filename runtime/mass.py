@@ -31,6 +31,14 @@ MAX_DRIFT = 20  # the mean exponent, by weight, is not below its negative
 PAIRWISE = 40  # roundings in numpy's sum of up to 2**24 numbers: 16 in blocks of 128, and log2
 
 
+def weigh(logits: Logits, highest: float, temperature: float) -> Weights:
+    """exp((logit - highest) / temperature) in float64: probabilities up to a factor."""
+    weights = logits.astype(np.float64)
+    weights -= highest
+    weights /= temperature
+    return np.exp(weights, weights)
+
+
 class Place(NamedTuple):
     """A token among all, likeliest first: its logit, how many equal ones come before it, and the
     weights up to and with it."""
@@ -193,7 +201,4 @@ class Mass:
         return top, sample[at + REACH] if at + REACH < sample.size else -math.inf
 
     def _exact(self, logits: Logits) -> Weights:
-        weights = logits.astype(np.float64)
-        weights -= float(self.highest)
-        weights /= self.temperature
-        return np.exp(weights, weights)
+        return weigh(logits, float(self.highest), self.temperature)

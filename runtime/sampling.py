@@ -28,19 +28,16 @@ import contextlib
 import math
 import numbers
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from pico_edge.artefact import SAMPLING_DEFAULTS
 from pico_edge.errors import PicoEdgeError, UsageError
-from pico_edge.runtime.mass import LEFT, RIGHT, Mass, Place, Side
+from pico_edge.runtime.mass import LEFT, RIGHT, Logits, Mass, Place, Side, Weights, weigh
 
 ContextOverflow = Literal["slide", "stop"]
-Logits = npt.NDArray[np.floating[Any]]
-Weights = npt.NDArray[np.float64]
-
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 INFINITY = math.inf
 # Looked up once: see Sampler.draw.
@@ -230,7 +227,7 @@ class Sampler:
         if V > FEW and sampling.typical_p == 1 and sampling.temperature >= MIN_HEAD_TEMPERATURE:
             place = self._place(logits, u)
             if place is not None:
-                return int((logits == place.logit).nonzero()[0][place.before])
+                return _nth_equal(logits, place.logit, place.before)
         negative = np.negative(logits, self._negative)
         negative.sort()  # a NaN comes last
         check_finite(-float(negative[-1] if np.isnan(negative[-1]) else negative[0]))
@@ -239,7 +236,7 @@ class Sampler:
         chosen = _choose(exp(weights, weights), u, sampling)
         value = negative[chosen]
         before = chosen - int(negative.searchsorted(value))
-        return int((logits == -value).nonzero()[0][before])
+        return _nth_equal(logits, -value, before)
 
     def _place(self, logits: Logits, u: float) -> Place | None:
         """Where the token is that u chooses; None where only a sort of all of them can tell."""
@@ -297,9 +294,17 @@ def nth_most_likely(logits: Logits, values: Logits, n: int) -> int:
 
     values: the largest, descending. Only the chosen one is looked up: no other id is needed.
     """
-    value = values[n]
-    before = n - np.count_nonzero(values > value)
-    return int((logits == value).nonzero()[0][before])
+    return _nth_equal(logits, values[n], _n_equal_before(values, n))
+
+
+def _n_equal_before(values: Logits, n: int) -> int:
+    """How many of the descending values equal the n-th and come before it."""
+    return n - int(np.count_nonzero(values > values[n]))
+
+
+def _nth_equal(logits: Logits, value: float, n: int) -> int:
+    """The id of the n-th logit of that value."""
+    return int((logits == value).nonzero()[0][n])
 
 
 def check_finite(highest: float) -> None:
@@ -334,12 +339,9 @@ def penalize(
 
 def _weights(values: Logits, temperature: float) -> Weights:
     """Probabilities of descending logits up to a factor; that of the first is 1: none overflows."""
-    weights = values.astype(FLOAT64)
-    highest = weights.item(0)
+    highest = float(values[0])
     check_finite(highest)
-    weights -= highest
-    weights /= max(temperature, MIN_TEMPERATURE)
-    return exp(weights, weights)
+    return weigh(values, highest, max(temperature, MIN_TEMPERATURE))
 
 
 def _choose(weights: Weights, u: float, sampling: Sampling) -> int:
@@ -389,8 +391,7 @@ def _place_in_head(values: Logits, mass: Mass, u: float, sampling: Sampling) -> 
 
 def _place_of(values: Logits, sums: Weights, n: int) -> Place:
     """values: the largest logits, descending."""
-    before = n - int(np.count_nonzero(values > values[n]))
-    return Place(values[n], before, float(sums[n]))
+    return Place(values[n], _n_equal_before(values, n), float(sums[n]))
 
 
 def _place(mass: Mass, u: float, sampling: Sampling) -> Place | None:

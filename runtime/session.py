@@ -283,9 +283,11 @@ def _load(path: Path, provider: str, threads: int, weights: Weights | None) -> A
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     if provider == "directml":
         options.enable_mem_pattern = False
-    model: str | bytes = os.fspath(path) if is_utf8(path) else path.read_bytes()
+    model: str | bytes
     shared = []  # onnxruntime keeps addresses of these objects until the session is made
-    if weights is not None:
+    if weights is None:
+        model = os.fspath(path) if is_utf8(path) else path.read_bytes()
+    else:
         model = weights.model
         options.add_session_config_entry(EXTERNAL_FOLDER, weights.folder)
         for tensor, array in weights.shared.items():

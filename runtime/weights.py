@@ -3,9 +3,8 @@
 By path, onnxruntime reads the whole file, parses it and copies each tensor, which its kernels then
 pack into memory of their own. Here it is given the graph alone, whose large tensors point back into
 the file: it maps each until the kernel has packed it. What kernels read as it is, the table of
-tokens, is read once and shared by all sessions. onnxruntime 1.32, Zen 4, 2 threads, by path and
-here: 12 x 768 int8 0.28 s and 229 to 277 MB, 0.17 s and 220 MB; float32 1.0 s and 760 to 805 MB,
-0.6 s and 677 MB. Nothing stays mapped, so a file that is overwritten later harms no session.
+tokens, is read once and shared by all sessions. Half of the time, and less memory: figures are in
+NOTES.md. Nothing stays mapped, so a file that is overwritten later harms no session.
 
 Try: `Weights.of(read_model_file("model.onnx"))`, None for a small model.
 """

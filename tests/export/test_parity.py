@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from scipy import stats
 
 from pico_edge.artefact import tokens_kept
 from pico_edge.runtime import Model
+from pico_edge.runtime import cache as cache_module
 from pico_edge.runtime.session import Session
 from pico_edge.tokenizer import SimpleTokenizer
 from pico_edge.train.model import GPT
@@ -253,3 +255,35 @@ def test_a_text_past_the_context_is_that_of_torch_on_the_same_windows(
         logits[runtime.tokenizer.eot_id] = -np.inf
         assert logits[ids[at]] >= logits.max() - FP32_LOGITS
     assert refills == 3
+
+
+def test_a_piecewise_prompt_gives_the_logits_of_one_call(
+    fp32: Session, int8: Session, wide: Session, int4: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls of two and more tokens agree to the bit in all forms but the float32 of a batch."""
+    ids = list(itertools.islice(itertools.cycle(range(40, 120)), 200))
+    for session in (fp32, int8, wide, int4):
+        for rows in ([ids], [ids, ids[:90], ids[:1]]):
+            cache = session.new_cache(len(rows))
+            whole = cache.prefill(rows).copy()
+            step = cache.decode([65] * len(rows)).copy()
+            cache.reset()
+            with monkeypatch.context() as patch:
+                patch.setattr(cache_module, "PROMPT_PIECE", 32)
+                patch.setattr(cache_module, "BATCH_PIECE", 64)
+                pieces = cache.prefill(rows).copy()
+            assert cache.lengths == [len(row) for row in rows]
+            np.testing.assert_allclose(pieces, whole, rtol=0, atol=1e-5)
+            np.testing.assert_allclose(cache.decode([65] * len(rows)), step, rtol=0, atol=1e-5)
+
+
+def test_a_long_prompt_that_does_not_fit_leaves_the_cache_empty(
+    fp32: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "PROMPT_PIECE", 32)
+    monkeypatch.setattr(cache_module, "BATCH_PIECE", 64)
+    cache = fp32.new_cache(2, 100)
+    for rows in ([[1] * 90, [1] * 101], [[1] * 90, [9999]], [[1] * 90, []]):
+        with pytest.raises(ValueError):
+            cache.prefill(rows)
+        assert cache.lengths == [0, 0]

@@ -1,17 +1,13 @@
 """Weights that onnxruntime takes out of the file: the same logits, and nothing left mapped."""
 
-import itertools
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pico_edge.config import GPTConfig
 from pico_edge.export import align as align_module
@@ -189,80 +185,6 @@ def test_sessions_share_what_stays_in_use(
     for threads in (1, 2):
         cache = cache_module.Cache(session, 1, 64, ort_session=session.with_threads(threads))
         assert np.abs(cache.prefill([ids]) - logits[:1]).max() > 1e-3
-
-
-@given(
-    names=st.lists(st.text(min_size=1, max_size=200), min_size=1, max_size=12, unique=True),
-    sizes=st.lists(st.integers(1, 300), min_size=12, max_size=12),
-    types=st.lists(
-        st.sampled_from([np.float32, np.int8, np.float16, np.int64]), min_size=12, max_size=12
-    ),
-    producer=st.text(max_size=20),
-)
-def test_aligned_tensors_begin_at_multiples_and_keep_their_contents(
-    names: list[str], sizes: list[int], types: list[Any], producer: str
-) -> None:
-    arrays = {
-        name: np.arange(size).astype(dtype)
-        for name, size, dtype in zip(names, sizes, types, strict=False)
-    }
-    nodes = [onnx.helper.make_node("Identity", [name], [f"{name}!"]) for name in names]
-    proto = onnx.helper.make_model(
-        onnx.helper.make_graph(
-            nodes,
-            producer,
-            [],
-            [],
-            [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()],
-        ),
-        producer_name=producer,
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(align_module, "LARGE_BYTES", SMALL)
-        align(proto)
-        once = proto.SerializeToString()
-        align(proto)
-    data = proto.SerializeToString()
-    assert data == once
-    loaded = onnx.load_from_string(data)
-    at = 0
-    for tensor in loaded.graph.initializer:
-        np.testing.assert_array_equal(onnx.numpy_helper.to_array(tensor), arrays[tensor.name])
-        if tensor.ByteSize() >= SMALL:
-            at = data.index(tensor.name.encode() + b"\x4a", at)  # the name, then raw_data
-            assert data.index(tensor.raw_data, at) % ALIGNMENT == 0
-
-
-def test_a_piecewise_prompt_gives_the_logits_of_one_call(
-    fp32: Session, int8: Session, wide: Session, int4: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Calls of two and more tokens agree to the bit in all forms but the float32 of a batch."""
-    ids = list(itertools.islice(itertools.cycle(range(40, 120)), 200))
-    for session in (fp32, int8, wide, int4):
-        for rows in ([ids], [ids, ids[:90], ids[:1]]):
-            cache = session.new_cache(len(rows))
-            whole = cache.prefill(rows).copy()
-            step = cache.decode([65] * len(rows)).copy()
-            cache.reset()
-            with monkeypatch.context() as patch:
-                patch.setattr(cache_module, "PROMPT_PIECE", 32)
-                patch.setattr(cache_module, "BATCH_PIECE", 64)
-                pieces = cache.prefill(rows).copy()
-            assert cache.lengths == [len(row) for row in rows]
-            np.testing.assert_allclose(pieces, whole, rtol=0, atol=1e-5)
-            np.testing.assert_allclose(cache.decode([65] * len(rows)), step, rtol=0, atol=1e-5)
-
-
-def test_a_long_prompt_that_does_not_fit_leaves_the_cache_empty(
-    fp32: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cache_module, "PROMPT_PIECE", 32)
-    monkeypatch.setattr(cache_module, "BATCH_PIECE", 64)
-    cache = fp32.new_cache(2, 100)
-    for rows in ([[1] * 90, [1] * 101], [[1] * 90, [9999]], [[1] * 90, []]):
-        with pytest.raises(ValueError):
-            cache.prefill(rows)
-        assert cache.lengths == [0, 0]
 
 
 def test_tensors_say_where_their_contents_are(int8_path: Path) -> None:
