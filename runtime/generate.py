@@ -25,10 +25,11 @@ from pico_edge.config import GPTConfig
 from pico_edge.errors import ArtefactError, UsageError
 from pico_edge.runtime.adjust import Adjuster, Token, adjusts, resolve_banned, resolve_bias
 from pico_edge.runtime.cache import Cache
+from pico_edge.runtime.mass import Logits
 from pico_edge.runtime.philox import uniforms
 from pico_edge.runtime.portable import PortableCache
 from pico_edge.runtime.prefix import KeptCache
-from pico_edge.runtime.sampling import ContextOverflow, Logits, Sampler, Sampling, check_seed
+from pico_edge.runtime.sampling import ContextOverflow, Sampler, Sampling, check_seed
 from pico_edge.runtime.score import TokenLogprob, TokenScore, score_ids, token_logprob
 from pico_edge.runtime.session import Session
 from pico_edge.runtime.speculate import SPECULATE, Speculate, Speculation, speculate_with
