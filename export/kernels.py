@@ -33,9 +33,12 @@ Concat 13 T=f32,f16,i8,u8,i32,i64,bool
 Div 14 T=f32,i8,u8,i32,i64
 DynamicQuantizeLinear 11 T2=u8
 Erf 13 T=f32
+Expand 13 T=f32,f16,i8,u8,i32,i64,bool
 Gather 13 T=f32,f16,i8,u8,i32,i64,bool Tind=i32,i64
 Gemm 13 T=f32
 Greater 13 T=f32,i8,u8,i32,i64 T1=bool
+Identity 16 V=f32,f16,i8,u8,i32,i64,bool
+If 16 B=bool V=f32,f16,i8,u8,i32,i64,bool
 LayerNormalization 17 T=f32,f16 U=f32
 LessOrEqual 16 T=f32,i8,u8,i32,i64 T1=bool
 MatMul 13 T=f32,i32,i64
@@ -46,6 +49,7 @@ QuantizeLinear 13 T1=f32 T2=i8,u8
 Range 11 T=f32,i32,i64
 ReduceMax 18 T=f32,i8,u8,i32,i64
 Reshape 14 T=f32,f16,i8,u8,i32,i64,bool
+ScatterND 18 T=f32,f16,i8,u8,i32,i64,bool
 Shape 15 T=f32,f16,i8,u8,i32,i64,bool
 Slice 13 T=f32,f16,i8,u8,i32,i64,bool Tind=i32,i64
 Softmax 13 T=f32
@@ -145,17 +149,20 @@ _SIGNATURES = {
         ("Abs", "Erf", "Softmax", "Tanh", "Transpose", "com.microsoft.FastGelu"), "T / T"
     ),
     **dict.fromkeys(("Greater", "LessOrEqual"), "T T / -bool"),
-    **dict.fromkeys(("ReduceMax", "Reshape", "Squeeze", "Unsqueeze"), "T - / T"),
+    **dict.fromkeys(("Expand", "ReduceMax", "Reshape", "Squeeze", "Unsqueeze"), "T - / T"),
     "And": "T T / -bool",
     "Cast": "T1 / T2",
     "Concat": "* T / T",
     "DynamicQuantizeLinear": "T1 / T2 -f32 T2",
     "Gather": "T Tind / T",
+    "Identity": "V / V",
+    "If": "B / * V",  # which differ: they are those of the branches
     "LayerNormalization": "T T T / T U U",
     "MatMulInteger": "T1 T2 T1 T2 / T3",
     "Pow": "T T1 / T",
     "QuantizeLinear": "T1 T1 T2 / T2",
     "Range": "T T T / T",
+    "ScatterND": "T - T / T",
     "Shape": "T / -i64",
     "Slice": "T Tind Tind Tind Tind / T",
     "Split": "T - / * T",
@@ -217,7 +224,7 @@ def missing_kernels(model: ir.Model, provider: str) -> list[str]:
     types = value_types(model)
     opset = model.opset_imports[""]
     missing = set()
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         op = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
         reason = _missing(node, op, KERNELS[provider].get(op, []), opset, types)
         if reason is None and provider == "directml":
@@ -235,8 +242,20 @@ def value_types(model: ir.Model) -> dict[ir.Value, str]:
         if value.dtype is None:
             raise ValueError(f"{value.name} has no type")
         types[value] = _SHORT[value.dtype]
-    for node in model.graph:
+    _add_types(model.graph, types)
+    return types
+
+
+def _add_types(graph: ir.Graph, types: dict[ir.Value, str]) -> None:
+    """types: of all values that the nodes read and that are not theirs; gets those of the nodes."""
+    for node in graph:
         op = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+        if op == "If":
+            for name in ("then_branch", "else_branch"):
+                branch = node.attributes[name].as_graph()
+                _add_types(branch, types)
+                types |= {v: types[r] for v, r in zip(node.outputs, branch.outputs, strict=True)}
+            continue
         if op not in _SIGNATURES:
             raise ValueError(f"{op}: not an operator that pico-edge emits")
         bound, outputs = _bind(node, op, types)
@@ -245,7 +264,6 @@ def value_types(model: ir.Model) -> dict[ir.Value, str]:
                 types[value] = variable[1:] or "f32"
             else:
                 types[value] = bound.get(variable) or _DEFAULTS.get(op) or "f32"
-    return types
 
 
 def _bind(node: ir.Node, op: str, types: dict[ir.Value, str]) -> tuple[dict[str, str], list[str]]:

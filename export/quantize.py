@@ -34,6 +34,7 @@ from pico_edge.config import GPTConfig
 from pico_edge.export.blocks import quantize_matrix
 from pico_edge.export.calibrate import Statistics
 from pico_edge.export.graph import array, drop_unused, initializer, replace
+from pico_edge.export.prompts import attend_in_float
 from pico_edge.export.trace import MATRICES
 
 FloatArray = npt.NDArray[np.floating[Any]]
@@ -65,6 +66,7 @@ class Plan:
 
     cache: element type of keys and values, "int8" or "float32". int4_block: at most this many
     4-bit weights share a scale. fine: the same of 8-bit ones, by module name, where not 128.
+    float_prompts: whether a call of many tokens attends in float32 all the same.
     """
 
     precision: str
@@ -72,6 +74,7 @@ class Plan:
     cache: str
     int4_block: int = 128
     fine: dict[str, int] = field(default_factory=dict)
+    float_prompts: bool = False
 
     def largest_block(self, name: str) -> int:
         """At most this many weights of a matrix share a scale."""
@@ -95,8 +98,14 @@ def choose_plan(config: GPTConfig, bits: int) -> Plan:
     # A quarter of the block: a sixth less divergence than half of it, for 6 % of a file that is
     # small anyway and 5 % of a step; half of it is as much better than the whole.
     cache = "float32" if narrow and config.block_size <= SHORT_CONTEXT else "int8"
-    fine = fine_blocks(config) if bits == 8 else {}
-    return Plan(f"int{bits}", forms, cache, 32 if narrow else 128, fine)
+    return Plan(
+        f"int{bits}",
+        forms,
+        cache,
+        int4_block=32 if narrow else 128,
+        fine=fine_blocks(config) if bits == 8 else {},
+        float_prompts=not narrow,
+    )
 
 
 def _int4_form(config: GPTConfig, layer: int, part: str) -> str:
@@ -141,6 +150,8 @@ def quantize_graph(model: ir.Model, plan: Plan, statistics: Statistics | None = 
         if statistics is None:
             raise ValueError("an int8 cache needs statistics of keys and values")
         _quantize_cache(graph, statistics)
+    if plan.float_prompts:
+        attend_in_float(graph)
     drop_unused(graph)
 
 

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from pico_edge.errors import ArtefactError
 from pico_edge.runtime.preflight import ModelFile, Tensor, identity
 from pico_edge.runtime.wire import (
+    ATTRIBUTE,
     GRAPH,
     LENGTH,
     MODEL,
@@ -45,7 +46,8 @@ ITEM_BYTES = {
 }
 
 # Fields of messages that are written here; those of reading are in `wire`.
-NODE_INPUT, NODE_OP_TYPE = 1, 4
+NODE_INPUT, NODE_OP_TYPE, NODE_ATTRIBUTE = 1, 4, 5
+ATTRIBUTE_GRAPHS = (6, 11)
 GRAPH_NODE, GRAPH_INITIALIZER = 1, 5
 MODEL_GRAPH, MODEL_METADATA = 7, 14
 TENSOR_EXTERNAL_DATA, TENSOR_DATA_LOCATION, EXTERNAL = 13, 14, 1
@@ -116,17 +118,33 @@ def _can_point_to(tensor: Tensor, mapped: bool) -> bool:
 def _packed_names(reader: Reader, graph_span: tuple[int, int]) -> set[str]:
     """Names that only nodes of PACKING read."""
     packed, others = set[str](), set[str]()
-    for number, start, stop in reader.fields(GRAPH, *graph_span):
-        if number != GRAPH_NODE:
-            continue
-        op_type, names = "", list[str]()
-        for field, pos, end in reader.fields(NODE, start, stop):
-            if field == NODE_OP_TYPE:
-                op_type = reader.text(pos, end, "operator name")
-            elif field == NODE_INPUT:
-                names.append(reader.text(pos, end, "name in a node"))
-        (packed if op_type in PACKING else others).update(names)
+    graphs = [graph_span]
+    while graphs:
+        for number, start, stop in reader.fields(GRAPH, *graphs.pop()):
+            if number == GRAPH_NODE:
+                op_type, names, branches = _node(reader, start, stop)
+                (packed if op_type in PACKING else others).update(names)
+                graphs += branches
     return packed - others
+
+
+def _node(
+    reader: Reader, pos: int, end: int
+) -> tuple[str, list[str], list[tuple[int, int]]]:
+    """Operator, names of the inputs, and where the graphs among the attributes are."""
+    op_type, names, graphs = "", list[str](), list[tuple[int, int]]()
+    for number, start, stop in reader.fields(NODE, pos, end):
+        if number == NODE_OP_TYPE:
+            op_type = reader.text(start, stop, "operator name")
+        elif number == NODE_INPUT:
+            names.append(reader.text(start, stop, "name in a node"))
+        elif number == NODE_ATTRIBUTE:
+            graphs += [
+                (first, last)
+                for field, first, last in reader.fields(ATTRIBUTE, start, stop)
+                if field in ATTRIBUTE_GRAPHS
+            ]
+    return op_type, names, graphs
 
 
 def _read(file: BinaryIO, tensor: Tensor) -> npt.NDArray[Any]:
