@@ -128,9 +128,7 @@ def _packed_names(reader: Reader, graph_span: tuple[int, int]) -> set[str]:
     return packed - others
 
 
-def _node(
-    reader: Reader, pos: int, end: int
-) -> tuple[str, list[str], list[tuple[int, int]]]:
+def _node(reader: Reader, pos: int, end: int) -> tuple[str, list[str], list[tuple[int, int]]]:
     """Operator, names of the inputs, and where the graphs among the attributes are."""
     op_type, names, graphs = "", list[str](), list[tuple[int, int]]()
     for number, start, stop in reader.fields(NODE, pos, end):

@@ -33,6 +33,7 @@ from pico_edge.runtime.session import Session
 
 LIMIT_S = 20  # of one mutant
 MEMORY_BYTES = 6 << 30
+MANY_TOKENS = 24  # that take the other branch, in files with branches
 SMALL_BYTES = 200  # of a tensor whose contents are worth changing
 # Answers that are as they should be; anything else is a bug of ours.
 REFUSED, FAILED, RAN, ODD, CRASHED = "refused", "failed in onnxruntime", "ran", "odd", "crashed"
@@ -107,9 +108,11 @@ def attempt(path: Path) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     try:
-        cache = session.new_cache(capacity=min(8, session.config.block_size))
-        cache.prefill([[1, 2, 3]])
-        cache.decode([4])
+        cache = session.new_cache(capacity=min(MANY_TOKENS + 1, session.config.block_size))
+        for tokens in (3, MANY_TOKENS):
+            cache.reset()
+            cache.prefill([[1] * min(tokens, cache.capacity - 1)])
+            cache.decode([4])
     except (*ORT_ERRORS, RuntimeError, PicoEdgeError, MemoryError, ValueError):
         return FAILED  # RuntimeError is what a run with bound memory raises
     except Exception as error:
@@ -156,8 +159,14 @@ def mutate_fields(data: bytes, numbers: random.Random) -> bytes:
     return model.SerializeToString()
 
 
+def all_graphs(model: onnx.ModelProto) -> list[onnx.GraphProto]:
+    """The graph, and the branches of its nodes."""
+    branches = [a.g for node in model.graph.node for a in node.attribute if a.HasField("g")]
+    return [model.graph, *branches]
+
+
 def edit_attribute(model: onnx.ModelProto, numbers: random.Random) -> None:
-    nodes = [node for node in model.graph.node if node.attribute]
+    nodes = [node for graph in all_graphs(model) for node in graph.node if node.attribute]
     attribute = numbers.choice(numbers.choice(nodes).attribute)
     value = numbers.choice(NUMBERS)
     if attribute.type == onnx.AttributeProto.INT:
@@ -172,8 +181,11 @@ def edit_attribute(model: onnx.ModelProto, numbers: random.Random) -> None:
 
 def edit_edges(model: onnx.ModelProto, numbers: random.Random) -> None:
     """Another input, an absent one, one more or one fewer, another output or operator."""
-    node = numbers.choice(model.graph.node)
-    names = [name for other in model.graph.node for name in (*other.input, *other.output)]
+    graphs = all_graphs(model)
+    graph = numbers.choice(graphs) if numbers.random() < 0.5 else model.graph
+    node = numbers.choice(graph.node)
+    nodes = [other for found in graphs for other in found.node]
+    names = [name for other in nodes for name in (*other.input, *other.output)]
     names += [tensor.name for tensor in model.graph.initializer]
     kind = numbers.randrange(6)
     if kind == 0 and node.input:
@@ -185,10 +197,10 @@ def edit_edges(model: onnx.ModelProto, numbers: random.Random) -> None:
     elif kind == 3:
         node.output[numbers.randrange(len(node.output))] = numbers.choice([*names, ""])
     elif kind == 4:
-        other = numbers.choice(model.graph.node)
+        other = numbers.choice(nodes)
         node.op_type, node.domain = other.op_type, other.domain
     else:
-        model.graph.node.remove(node)
+        graph.node.remove(node)
 
 
 def edit_tensor(model: onnx.ModelProto, numbers: random.Random) -> None:
