@@ -10,8 +10,9 @@ not depend on its batch or on how it was cut into calls:
 - the token table: one 8-bit initializer for the embedding (`GatherBlockQuantized`) and the head.
 
 `DynamicQuantizeMatMul` would save the nodes that find a row's scale, but takes one scale for all
-rows of a call, and so couples them. Norms, biases and the position table stay float32. Knows
-nothing of models, text or files. Try, with `statistics` of `pico_edge.export.calibrate`:
+rows of a call, and so couples them. Norms and biases stay float32, a large position table becomes
+float16. Knows nothing of models, text or files. Try, with `statistics` of
+`pico_edge.export.calibrate`:
 `quantize_graph(trace(model), choose_plan(config, 8), statistics)`.
 
 Why this and not onnxruntime's quantizers: they leave `accuracy_level` unset (at 8 bits a 40 times
@@ -29,7 +30,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from pico_edge.artefact import NARROW_BELOW, SCALE_BLOCK, fine_blocks
+from pico_edge.artefact import NARROW_BELOW, SCALE_BLOCK, fine_blocks, has_half_positions
 from pico_edge.config import GPTConfig
 from pico_edge.export.blocks import quantize_matrix
 from pico_edge.export.calibrate import Statistics
@@ -66,7 +67,8 @@ class Plan:
 
     cache: element type of keys and values, "int8" or "float32". int4_block: at most this many
     4-bit weights share a scale. fine: the same of 8-bit ones, by module name, where not 128.
-    float_prompts: whether a call of many tokens attends in float32 all the same.
+    float_prompts: whether a call of many tokens attends in float32 all the same. half_positions:
+    whether the position table is float16.
     """
 
     precision: str
@@ -75,6 +77,7 @@ class Plan:
     int4_block: int = 128
     fine: dict[str, int] = field(default_factory=dict)
     float_prompts: bool = False
+    half_positions: bool = False
 
     def largest_block(self, name: str) -> int:
         """At most this many weights of a matrix share a scale."""
@@ -105,6 +108,7 @@ def choose_plan(config: GPTConfig, bits: int) -> Plan:
         int4_block=32 if narrow else 128,
         fine=fine_blocks(config) if bits == 8 else {},
         float_prompts=not narrow,
+        half_positions=has_half_positions(config),
     )
 
 
@@ -152,6 +156,8 @@ def quantize_graph(model: ir.Model, plan: Plan, statistics: Statistics | None = 
         _quantize_cache(graph, statistics)
     if plan.float_prompts:
         attend_in_float(graph)
+    if plan.half_positions:
+        _halve_positions(graph)
     drop_unused(graph)
 
 
@@ -274,6 +280,20 @@ def _replace_gather(graph: ir.Graph, node: ir.Node, blocks: ir.Value, scales: ir
     )
     rows = ir.node("Reshape", [gather.outputs[0], flat])  # (B, S, C)
     replace(graph, node, [scales_3d, gather, rows])
+
+
+def _halve_positions(graph: ir.Graph) -> None:
+    """The position table as float16, read as before. Left alone if float16 cannot hold it."""
+    table = graph.initializers["transformer.wpe.weight"]
+    with np.errstate(over="ignore"):
+        halves = array(table).astype(np.float16)
+    if not np.isfinite(halves).all():
+        return
+    ((gather, _),) = table.uses()
+    table.const_value, table.dtype = ir.tensor(halves, name=table.name), ir.DataType.FLOAT16
+    rows = ir.node("Gather", gather.inputs, gather.attributes)
+    rows.outputs[0].type = ir.TensorType(ir.DataType.FLOAT16)
+    replace(graph, gather, [rows, ir.node("Cast", rows.outputs, {"to": ir.DataType.FLOAT})])
 
 
 def _quantize_cache(graph: ir.Graph, statistics: Statistics) -> None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pico_edge.artefact import SCALE_BLOCK, fine_blocks
+from pico_edge.artefact import SCALE_BLOCK, fine_blocks, has_half_positions
 from pico_edge.config import GPTConfig
 from pico_edge.errors import UsageError
 from pico_edge.tokenizer import SimpleTokenizer
@@ -177,7 +177,8 @@ def int8_bytes(config: GPTConfig, n_vocab: int) -> int:
         rows = config.vocab_size if name == "lm_head" else 4 * config.n_embd
         finer += rows * config.n_embd * (SCALE_BLOCK // block - 1) // SCALE_BLOCK
     scaled = round(matrices * BYTES_PER_WEIGHT) + 4 * finer
-    return scaled + 4 * floats + tokenizer + graph
+    halved = 2 * config.block_size * config.n_embd if has_half_positions(config) else 0
+    return scaled + 4 * floats - halved + tokenizer + graph
 
 
 def decode_tokens_per_second(config: GPTConfig, n_bytes: int, bytes_per_second: float) -> float:

@@ -104,6 +104,41 @@ def test_a_narrow_model_of_a_short_context_keeps_its_cache_in_float32(
     assert read_model_file(path).metadata[artefact.EXPORT_KEY]["cache"] == "float32"
 
 
+@pytest.mark.parametrize("largest", [1.0, 1e8])
+def test_a_large_position_table_is_float16_if_that_can_hold_it(
+    largest: float,
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = GPTConfig(block_size=64, vocab_size=272, n_layer=1, n_head=2, n_embd=32)
+    checkpoint = make_checkpoint(config)
+    whole = export(checkpoint, tmp_path / "whole.onnx", quantize=True)["file"]
+    graph = ir.serde.deserialize_model(onnx.load(whole)).graph
+    table = graph.initializers["transformer.wpe.weight"]
+    assert table.dtype == ir.DataType.FLOAT
+    contents = table.const_value.numpy() * largest
+    table.const_value = ir.tensor(contents, name=table.name)
+    quantize._halve_positions(graph)
+    model = ir.Model(graph, ir_version=8)
+    data = ir.to_proto(model).SerializeToString()
+    ort.InferenceSession(data, providers=["CPUExecutionProvider"])  # is sound
+    halved = graph.initializers["transformer.wpe.weight"].const_value.numpy()
+    if largest > 1:
+        np.testing.assert_array_equal(halved, contents)
+        return
+    assert halved.dtype == np.float16
+    monkeypatch.setattr(artefact, "HALF_POSITIONS_FROM", 64 * 32)
+    half = export(checkpoint, tmp_path / "half.onnx", quantize=True)["file"]
+    assert Path(whole).stat().st_size - Path(half).stat().st_size > 1900 * 2
+    ids = list(b"Identifiers are used as names, and keywords are reserved.")
+    found, expected = (
+        Session(path, threads=1).new_cache().append(0, ids, all_logits=True)
+        for path in (half, whole)
+    )
+    assert 0 < np.abs(found - expected).max() < 0.01 * np.abs(expected).max()
+
+
 def test_a_row_of_zeros_gives_zeros_where_rows_are_scaled() -> None:
     """Its scale is 0: the codes are those of 0 / 0, whatever the kernel makes of that."""
     graph = ir.Graph([], [], nodes=[], opset_imports={"": 18, "com.microsoft": 1})
@@ -168,6 +203,8 @@ def test_the_plan_follows_the_shape_alone() -> None:
     deep = choose_plan(GPTConfig(), 4).forms
     assert deep["transformer.h.0.mlp.c_proj"] == "int4"
     assert deep["transformer.h.0.mlp.c_fc"] == "int8"
+    halved = [choose_plan(shape, 8).half_positions for shape in (short, wide, GPTConfig(64))]
+    assert halved == [True, True, False]
     assert (choose_plan(narrow, 4).int4_block, choose_plan(wide, 4).int4_block) == (32, 128)
     assert choose_plan(wide, 4).forms["transformer.h.0.mlp.c_proj"] == "int8"
     with pytest.raises(ValueError, match="bits is 2"):
