@@ -152,7 +152,8 @@ def progress_bar(done: int, total: int, elapsed_s: float, unit: str) -> str:
     width = 24
     line = f"[{'#' * int(width * part):{width}}] {100 * part:.0f} %"
     if done and elapsed_s:
-        line += f" | {count(done / elapsed_s)} {unit}/s"
+        if done >= elapsed_s:
+            line += f" | {count(done / elapsed_s)} {unit}/s"
         line += f" | {duration(elapsed_s / part - elapsed_s)} left"
     return line
 

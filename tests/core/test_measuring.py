@@ -209,6 +209,7 @@ def test_a_bar_says_how_far_and_how_long() -> None:
     assert progress_bar(500, 1000, 2.0, "tokens") == (
         f"[{'#' * 12}{' ' * 12}] 50 % | 250 tokens/s | 0:02 left"
     )
+    assert progress_bar(1, 2, 4.0, "runs") == f"[{'#' * 12}{' ' * 12}] 50 % | 0:04 left"
     assert progress_bar(0, 10, 0.0, "runs") == f"[{' ' * 24}] 0 %"
 
 
