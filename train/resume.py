@@ -100,6 +100,11 @@ def load_resumable(paths: RunPaths, reporter: Reporter) -> Checkpoint:
         return _load(paths.last)
     except ArtefactError as error:
         if not paths.previous.exists():
+            if paths.out.exists() and not paths.last.exists():  # killed between its first two saves
+                raise ArtefactError(
+                    f"{paths.last} does not exist: nothing to resume; train with --force in place "
+                    f"of --resume to start over, which replaces {paths.out}"
+                ) from error
             raise
         reporter.say(f"WARNING: {error}")
     checkpoint = _load(paths.previous)

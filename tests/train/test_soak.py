@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 
 import pytest
@@ -71,6 +72,8 @@ def fork_trainer(data, settings):
         try:
             train([data], settings, reporter=Reporter(io.StringIO(), quiet=True))
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     return child
@@ -115,8 +118,10 @@ def test_200_kills_at_random_instants_change_no_bit(part, whole, tmp_path):
         n_runs += 1
         settings = dataclasses.replace(RUN, out=str(folder / "ckpt.pt"))
         while True:
-            started = any((folder / "ckpt.run" / name).exists() for name in ("last.pt", "ckpt.pt"))
-            child = fork_trainer(data, dataclasses.replace(settings, resume=started))
+            # Killed between its first two saves, a run has a best model and nothing to resume.
+            started = (folder / "ckpt.run" / "last.pt").exists()
+            force = not started and (folder / "ckpt.pt").exists()
+            child = fork_trainer(data, dataclasses.replace(settings, resume=started, force=force))
             # After the last kill the run goes on to its end.
             left = kills < KILLS // PARTS
             if ended_within(child, rng.uniform(0, LONGEST_LIFE_S) if left else 600):

@@ -567,7 +567,11 @@ def test_leftovers_go_and_the_state_before_is_used_when_the_last_is_gone_or_dama
 
 
 def test_nothing_to_resume_is_said(folder, capsys):
-    assert "nothing to resume" in refused(capsys, 3, "data.txt", "--resume")
+    err = refused(capsys, 3, "data.txt", "--resume")
+    assert "nothing to resume; train without --resume" in err
+    (folder / "ckpt.pt").touch()  # of a run that was killed before its state was saved
+    err = refused(capsys, 3, "data.txt", "--resume")
+    assert "train with --force in place of --resume" in err
 
 
 # Streams
