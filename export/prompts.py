@@ -5,8 +5,9 @@ over a float32 one: it makes floats of the keys and values again for every few q
 of many tokens makes them once, in the graph, and a call of few runs the node as it was: the two
 branches of an If. The codes in the cache are the same, and so is the result, up to float rounding.
 
-Measured, 12 x 768 int8 on two cores of a Zen 4, time of a prompt: 128 tokens 0.85, 250 0.76, 1000
-0.64 of what it was; a step takes as long as before. Try: `attend_in_float(quantized_model.graph)`.
+Measured, 12 x 768 on two cores of a Zen 4: prompts of 128, 250 and 1000 int8 tokens take 0.85, 0.76
+and 0.64 of the time, 7 to 300 ms less; a step takes 0.17 ms more, 3 % at int8 and 5 % at int4, 13 us
+for each If. Try: `attend_in_float(quantized_model.graph)`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def attend_in_float(graph: ir.Graph) -> None:
     """Give each attention of a traced graph with an int8 cache a float32 branch for many tokens, in
     place.
 
-    Not for narrow models: an If takes 3 us, and steps of 4 x 256 8 % longer.
+    Not for narrow models, where it makes steps 8 % longer.
     """
     nodes = [node for node in graph if node.op_type == "GroupQueryAttention"]
     inputs = {value.name: value for value in graph.inputs}
