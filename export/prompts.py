@@ -104,8 +104,8 @@ def _float_branch(
     step = initializer(graph, "code_step", np.array(1, np.float32))
     zero = initializer(graph, "code_zero", np.array(0, np.int8))
     present, new, past = [], [], []
-    for i, scales in ((1, key_scales), (2, value_scales)):
-        inverse = initializer(graph, f"{scales.name}.inverse", 1 / array(scales))
+    for i, part, scales in ((1, "key", key_scales), (2, "value", value_scales)):
+        inverse = initializer(graph, f"cache.{layer}.{part}.inverse", 1 / array(scales))
         codes = _add(nodes, "Mul", node.inputs[i], inverse)
         codes = _add(nodes, "QuantizeLinear", codes, step, zero)  # (B, S, C)
         new.append(_add(nodes, "Cast", codes, to=ir.DataType.FLOAT))
