@@ -30,6 +30,14 @@ def initializer(graph: ir.Graph, name: str, contents: npt.NDArray[np.generic]) -
     return value
 
 
+def add(
+    nodes: list[ir.Node], op: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any
+) -> ir.Value:
+    """Append a node to those that will take the place of another; its first output."""
+    nodes.append(ir.node(op, list(inputs), attributes, domain=domain))
+    return nodes[-1].outputs[0]
+
+
 def replace(graph: ir.Graph, old: ir.Node, new: list[ir.Node]) -> None:
     """Swap nodes; the last new one takes over the old one's output: name, type and shape."""
     before, after = old.outputs[0], new[-1].outputs[0]

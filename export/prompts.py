@@ -13,14 +13,13 @@ us an If. Try: `attend_in_float(quantized_model.graph)`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from pico_edge import artefact
-from pico_edge.export.graph import array, initializer
+from pico_edge.export.graph import add, array, initializer
 
 # A call of more tokens takes the float32 branch. Drafts and the token before them are at most 16,
 # and go through the kernel of the steps, whose texts they must not change.
@@ -70,17 +69,17 @@ def _place_branches(
     axes = _numbers(graph, "axes_1_2_3", [1, 2, 3]), _numbers(graph, "axes_1_3", [1, 3])
     zero, step = (_numbers(graph, f"scalar_{i}", i) for i in (0, 1))
     nodes: list[ir.Node] = []
-    n_rows = _add(nodes, "Shape", positions, start=0, end=1)
+    n_rows = add(nodes, "Shape", positions, start=0, end=1)
     n_heads = _numbers(graph, "n_heads", [heads])
-    shape = _add(nodes, "Concat", n_rows, n_heads, n_tokens, one, axis=0)
-    row = _add(nodes, "Range", zero, _add(nodes, "Squeeze", n_rows), step)
-    row = _add(nodes, "Unsqueeze", row, axes[0])  # (B, 1, 1, 1)
-    position = _add(nodes, "Unsqueeze", positions, axes[1])  # (B, 1, S, 1)
-    index = [_add(nodes, "Expand", value, shape) for value in (row, head, position)]
-    places = _add(nodes, "Concat", *index, axis=3)
-    n_past = _add(nodes, "Sub", _add(nodes, "Cast", total, to=ir.DataType.INT64), n_tokens)
+    shape = add(nodes, "Concat", n_rows, n_heads, n_tokens, one, axis=0)
+    row = add(nodes, "Range", zero, add(nodes, "Squeeze", n_rows), step)
+    row = add(nodes, "Unsqueeze", row, axes[0])  # (B, 1, 1, 1)
+    position = add(nodes, "Unsqueeze", positions, axes[1])  # (B, 1, S, 1)
+    index = [add(nodes, "Expand", value, shape) for value in (row, head, position)]
+    places = add(nodes, "Concat", *index, axis=3)
+    n_past = add(nodes, "Sub", add(nodes, "Cast", total, to=ir.DataType.INT64), n_tokens)
     others: list[ir.Node] = []
-    unread = [_add(others, "Identity", value) for value in (head, one)]
+    unread = [add(others, "Identity", value) for value in (head, one)]
     for value in (places, n_past, *unread):
         value.type = ir.TensorType(ir.DataType.INT64)
     return (
@@ -106,16 +105,16 @@ def _float_branch(
     present, new, past = [], [], []
     for i, part, scales in ((1, "key", key_scales), (2, "value", value_scales)):
         inverse = initializer(graph, f"cache.{layer}.{part}.inverse", 1 / array(scales))
-        codes = _add(nodes, "Mul", node.inputs[i], inverse)
-        codes = _add(nodes, "QuantizeLinear", codes, step, zero)  # (B, S, C)
-        new.append(_add(nodes, "Cast", codes, to=ir.DataType.FLOAT))
-        codes = _add(nodes, "Reshape", codes, by_head)  # (B, S, H, D)
-        codes = _add(nodes, "Transpose", codes, perm=[0, 2, 1, 3])  # (B, H, S, D)
+        codes = add(nodes, "Mul", node.inputs[i], inverse)
+        codes = add(nodes, "QuantizeLinear", codes, step, zero)  # (B, S, C)
+        new.append(add(nodes, "Cast", codes, to=ir.DataType.FLOAT))
+        codes = add(nodes, "Reshape", codes, by_head)  # (B, S, H, D)
+        codes = add(nodes, "Transpose", codes, perm=[0, 2, 1, 3])  # (B, H, S, D)
         cache = node.inputs[i + 2]
-        present.append(_add(nodes, "ScatterND", cache, places, codes))
-        valid = _add(nodes, "Slice", cache, first, n_past, token_axis)
-        past.append(_add(nodes, "Cast", valid, to=ir.DataType.FLOAT))
-    queries = _add(nodes, "Mul", node.inputs[0], key_scales)
+        present.append(add(nodes, "ScatterND", cache, places, codes))
+        valid = add(nodes, "Slice", cache, first, n_past, token_axis)
+        past.append(add(nodes, "Cast", valid, to=ir.DataType.FLOAT))
+    queries = add(nodes, "Mul", node.inputs[0], key_scales)
     attention = ir.node(
         node.op_type,
         [queries, *new, *past, *node.inputs[5:7]],
@@ -124,7 +123,7 @@ def _float_branch(
         num_outputs=3,
     )
     nodes.append(attention)
-    attended = _add(nodes, "Mul", attention.outputs[0], value_scales)
+    attended = add(nodes, "Mul", attention.outputs[0], value_scales)
     for value, before in zip((attended, *present), node.outputs, strict=True):
         value.type, value.shape = before.type, before.shape
     return _branch(f"many.{layer}", nodes, [attended, *present])
@@ -146,11 +145,6 @@ def _branch(name: str, nodes: list[ir.Node], results: Sequence[ir.Value]) -> ir.
     for i, value in enumerate(value for node in nodes for value in node.outputs):
         value.name = f"{name}.{i}"
     return ir.Graph([], results, nodes=nodes, name=name)
-
-
-def _add(nodes: list[ir.Node], op: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-    nodes.append(ir.node(op, list(inputs), attributes))
-    return nodes[-1].outputs[0]
 
 
 def _numbers(graph: ir.Graph, name: str, values: npt.ArrayLike) -> ir.Value:

@@ -34,7 +34,7 @@ from pico_edge.artefact import NARROW_BELOW, SCALE_BLOCK, fine_blocks, has_half_
 from pico_edge.config import GPTConfig
 from pico_edge.export.blocks import quantize_matrix
 from pico_edge.export.calibrate import Statistics
-from pico_edge.export.graph import array, drop_unused, initializer, replace
+from pico_edge.export.graph import add, array, drop_unused, initializer, replace
 from pico_edge.export.prompts import attend_in_float
 from pico_edge.export.trace import MATRICES
 
@@ -220,31 +220,28 @@ def _replace_by_rows(
     restored = codes.double() * scales.double()
     matrix = initializer(graph, f"{name}.codes", np.ascontiguousarray(codes.numpy().T))
     factors = initializer(graph, f"{name}.scales", scales[:, 0].numpy())
-    x, nodes = node.inputs[0], []
-
-    def add(op: str, *inputs: ir.Value | None, domain: str = "", **attributes: int) -> ir.Value:
-        nodes.append(ir.node(op, list(inputs), attributes, domain=domain))
-        return nodes[-1].outputs[0]
-
+    x = node.inputs[0]
+    nodes: list[ir.Node] = []
     last_axis = initializer(graph, "last_axis", np.array([-1], np.int64))
     if after_gelu:
         shift = initializer(graph, "gelu_shift", np.array(GELU_SHIFT, np.float32))
         step = initializer(graph, "gelu_step", np.array(1 / 255, np.float32))
         zero = initializer(graph, "gelu_zero", np.array(0, np.uint8))
-        x = add("Add", x, shift)  # not negative
-        reach = add("ReduceMax", x, last_axis, keepdims=1)  # (B, S, 1)
+        x = add(nodes, "Add", x, shift)  # not negative
+        reach = add(nodes, "ReduceMax", x, last_axis, keepdims=1)  # (B, S, 1)
     else:
         step = initializer(graph, "row_step", np.array(1 / 127, np.float32))
         zero = initializer(graph, "row_zero", np.array(128, np.uint8))
-        reach = add("ReduceMax", add("Abs", x), last_axis, keepdims=1)
+        reach = add(nodes, "ReduceMax", add(nodes, "Abs", x), last_axis, keepdims=1)
     # In a row of zeros 0 / 0: whatever code that becomes, it is multiplied by the reach, 0.
-    quantized = add("QuantizeLinear", add("Div", x, reach), step, zero)
+    quantized = add(nodes, "QuantizeLinear", add(nodes, "Div", x, reach), step, zero)
     product = add(
+        nodes,
         "MatMulIntegerToFloat",
         *(quantized, matrix, step, factors, zero),
         domain="com.microsoft",
     )
-    add("Mul", product, reach)
+    add(nodes, "Mul", product, reach)
     if after_gelu:
         _add_to_bias(graph, node, f"{name}.unshift", (-GELU_SHIFT * restored.sum(1)).numpy())
     replace(graph, node, nodes)
