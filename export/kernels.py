@@ -28,6 +28,7 @@ _CPU = """
 Abs 13 T=f32,i8,u8,i32,i64
 Add 14 T=f32,i8,u8,i32,i64
 And 7 T=bool T1=bool
+BitwiseXor 18 T=i8,u8,i32,i64
 Cast 13 T1=f32,f16,i8,u8,i32,i64,bool T2=f32,f16,i8,u8,i32,i64,bool
 Concat 13 T=f32,f16,i8,u8,i32,i64,bool
 Div 14 T=f32,i8,u8,i32,i64
@@ -37,7 +38,6 @@ Expand 13 T=f32,f16,i8,u8,i32,i64,bool
 Gather 13 T=f32,f16,i8,u8,i32,i64,bool Tind=i32,i64
 Gemm 13 T=f32
 Greater 13 T=f32,i8,u8,i32,i64 T1=bool
-Identity 16 V=f32,f16,i8,u8,i32,i64,bool
 If 16 B=bool V=f32,f16,i8,u8,i32,i64,bool
 LayerNormalization 17 T=f32,f16 U=f32
 LessOrEqual 16 T=f32,i8,u8,i32,i64 T1=bool
@@ -65,10 +65,10 @@ com.microsoft.FastGelu 1 T=f32
 com.microsoft.GatherBlockQuantized 1 T1=u8 T2=f32,f16 Tind=i32,i64
 com.microsoft.GroupQueryAttention 1 T=f32 T_CACHE=f32,i8,u8 T_KV_SCALE=f32 M=i32
 com.microsoft.GroupQueryAttention 1 T=f16 T_CACHE=f16,i8,u8 T_KV_SCALE=f32 M=i32
-com.microsoft.MatMulIntegerToFloat 1 T1=i8 T2=i8 T3=f32
-com.microsoft.MatMulIntegerToFloat 1 T1=u8 T2=i8,u8 T3=f32
 com.microsoft.MatMulNBits 1 T1=f32 T2=u8 T3=f32,u8 T4=i32
 com.microsoft.MatMulNBits 1 T1=f16 T2=u8 T3=f16,u8 T4=i32
+com.microsoft.QGemm 1 T=f32 TA=u8 TB=i8,u8 TC=i32 TYZ=u8
+com.microsoft.QGemm 1 T=f32 TA=i8 TB=i8 TC=i32 TYZ=i8
 com.microsoft.SkipLayerNormalization 1 T=f32,f16
 """
 _CUDA = """
@@ -151,11 +151,11 @@ _SIGNATURES = {
     **dict.fromkeys(("Greater", "LessOrEqual"), "T T / -bool"),
     **dict.fromkeys(("Expand", "ReduceMax", "Reshape", "Squeeze", "Unsqueeze"), "T - / T"),
     "And": "T T / -bool",
+    "BitwiseXor": "T T / T",
     "Cast": "T1 / T2",
     "Concat": "* T / T",
     "DynamicQuantizeLinear": "T1 / T2 -f32 T2",
     "Gather": "T Tind / T",
-    "Identity": "V / V",
     "If": "B / * V",  # which differ: they are those of the branches
     "LayerNormalization": "T T T / T U U",
     "MatMulInteger": "T1 T2 T1 T2 / T3",
@@ -172,8 +172,8 @@ _SIGNATURES = {
     "com.microsoft.GroupQueryAttention": (
         "T T T T_CACHE T_CACHE M M T T - T T T_KV_SCALE T_KV_SCALE / T T_CACHE T_CACHE"
     ),
-    "com.microsoft.MatMulIntegerToFloat": "T1 T2 T3 T3 T1 T2 T3 / T3",
     "com.microsoft.MatMulNBits": "T1 T2 T1 T3 T4 T1 / T1",
+    "com.microsoft.QGemm": "TA T TA TB T TB TC T TYZ / -f32",
     "com.microsoft.SkipLayerNormalization": "T T T T T / T - - T",
 }
 # Outputs whose type no input gives.

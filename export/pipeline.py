@@ -169,7 +169,7 @@ def _checked_graph(
         say(f"quantizing to {precision}")
         quantize_for(graph, target, plan, seen)
         seen = None
-    adapt(graph, target)
+    adapt(graph, target, plan)
     session = _session(graph, checkpoint, folder, target, bits, plan)
     reference = session
     if precision != "fp32":

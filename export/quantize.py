@@ -30,12 +30,11 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from pico_edge.artefact import NARROW_BELOW, SCALE_BLOCK, fine_blocks, has_half_positions
+from pico_edge.artefact import NARROW_BELOW, SCALE_BLOCK, fine_blocks
 from pico_edge.config import GPTConfig
 from pico_edge.export.blocks import quantize_matrix
 from pico_edge.export.calibrate import Statistics
 from pico_edge.export.graph import add, array, drop_unused, initializer, replace
-from pico_edge.export.prompts import attend_in_float
 from pico_edge.export.trace import MATRICES
 
 FloatArray = npt.NDArray[np.floating[Any]]
@@ -50,8 +49,9 @@ ACCURACY_LEVEL = 4
 # From this width on 8-bit blocks take the rows form. Its five small nodes cost a step 3 us: 6 % at
 # 12 x 768, where 128 tokens of prompt gain 48 %; 27 % at 6 x 384 for 34 %; 35 % at 4 x 128.
 ROWS_MIN_WIDTH = NARROW_BELOW
-# GELU never goes below minus this (tanh and erf form alike): its outputs need no negative half.
-GELU_SHIFT = 0.17005
+# Of matrices with one scale for a row: the longest that a kernel has, the fewest scales of
+# activations.
+ROW_BLOCK = 256
 DEEP = 8  # layers
 # A narrow model with at most this many positions keeps its cache in float32: steps at 4 x 256 and
 # 6 x 384 are within 5 % up to depth 256 (and 17 % slower at 480), prompts of 128 tokens take 0.64
@@ -67,8 +67,8 @@ class Plan:
 
     cache: element type of keys and values, "int8" or "float32". int4_block: at most this many
     4-bit weights share a scale. fine: the same of 8-bit ones, by module name, where not 128.
-    float_prompts: whether a call of many tokens attends in float32 all the same. half_positions:
-    whether the position table is float16.
+    branches: whether a call of many tokens has a form of its own. int8_positions: whether the
+    position table has 8 bits, or is float32.
     """
 
     precision: str
@@ -76,8 +76,8 @@ class Plan:
     cache: str
     int4_block: int = 128
     fine: dict[str, int] = field(default_factory=dict)
-    float_prompts: bool = False
-    half_positions: bool = False
+    branches: bool = False
+    int8_positions: bool = False
 
     def largest_block(self, name: str) -> int:
         """At most this many weights of a matrix share a scale."""
@@ -105,10 +105,10 @@ def choose_plan(config: GPTConfig, bits: int) -> Plan:
         f"int{bits}",
         forms,
         cache,
-        int4_block=32 if narrow else 128,
+        int4_block=64 if narrow else 128,
         fine=fine_blocks(config) if bits == 8 else {},
-        float_prompts=not narrow,
-        half_positions=has_half_positions(config),
+        branches=not narrow,
+        int8_positions=True,
     )
 
 
@@ -140,7 +140,7 @@ def quantize_graph(model: ir.Model, plan: Plan, statistics: Statistics | None = 
         moments = None if statistics is None else statistics.inputs[name].moments
         weight = torch.from_numpy(np.require(array(node.inputs[1]).T, requirements="W"))
         if plan.forms[name] == "rows":
-            _replace_by_rows(graph, node, weight, moments, after_gelu=name.endswith("mlp.c_proj"))
+            _replace_by_rows(graph, node, weight, moments)
         else:
             bits = 8 if plan.forms[name] == "int8" else 4
             _replace_by_blocks(graph, node, weight, bits, moments, plan.largest_block(name))
@@ -154,10 +154,8 @@ def quantize_graph(model: ir.Model, plan: Plan, statistics: Statistics | None = 
         if statistics is None:
             raise ValueError("an int8 cache needs statistics of keys and values")
         _quantize_cache(graph, statistics)
-    if plan.float_prompts:
-        attend_in_float(graph)
-    if plan.half_positions:
-        _halve_positions(graph)
+    if plan.int8_positions:
+        _quantize_positions(graph)
     drop_unused(graph)
 
 
@@ -182,79 +180,56 @@ def _replace_by_blocks(
     Returns its blocks, uint8 (N, K / block_size, block_size * bits / 8), low half first, code 0 at
     -2^(bits-1); and scales (N, K / block_size). Source: onnxruntime ContribOperators.md.
     """
-    n, k = weight.shape
-    block_size = min(block_size_for(k), limit)
+    block_size = min(block_size_for(weight.shape[1]), limit)
     name = node.inputs[1].name if node.inputs[1] is not None else None
     codes, scales = quantize_matrix(weight, bits, block_size, moments)
+    blocks = _blocks(graph, f"{name}.blocks", codes, bits, block_size)
+    factors = initializer(graph, f"{name}.scales", scales.numpy())
+    replace(graph, node, [_product(node.inputs[0], blocks, factors, bits)])
+    return blocks, factors
+
+
+def _blocks(graph: ir.Graph, name: str, codes: Tensor, bits: int, block_size: int) -> ir.Value:
+    """Codes (N, K) as MatMulNBits takes them; see `_replace_by_blocks`."""
     packed = (codes.to(torch.int16) + (1 << bits - 1)).to(torch.uint8)
-    packed = packed.reshape(n, k // block_size, block_size)
+    packed = packed.reshape(len(codes), -1, block_size)
     if bits == 4:
         packed = packed[..., 0::2] | packed[..., 1::2] << 4
-    blocks = initializer(graph, f"{name}.blocks", packed.numpy())
-    factors = initializer(graph, f"{name}.scales", scales.numpy())
+    return initializer(graph, name, packed.numpy())
+
+
+def _product(x: ir.Value | None, blocks: ir.Value, scales: ir.Value, bits: int) -> ir.Node:
+    n, groups, block_bytes = array(blocks).shape
+    block_size = block_bytes * 8 // bits
     attributes = {
-        "K": k,
+        "K": groups * block_size,
         "N": n,
         "bits": bits,
         "block_size": block_size,
         "accuracy_level": ACCURACY_LEVEL,
     }
-    quantized = ir.node(
-        "MatMulNBits", [node.inputs[0], blocks, factors], attributes, domain="com.microsoft"
-    )
-    replace(graph, node, [quantized])
-    return blocks, factors
+    return ir.node("MatMulNBits", [x, blocks, scales], attributes, domain="com.microsoft")
 
 
 def _replace_by_rows(
-    graph: ir.Graph, node: ir.Node, weight: Tensor, moments: Tensor | None, *, after_gelu: bool
+    graph: ir.Graph, node: ir.Node, weight: Tensor, moments: Tensor | None
 ) -> None:
-    """Put s8 weights (K, N) and u8 activations with a scale per row in the place of a MatMul.
+    """Blocks with one scale for all of a row: `prompts.branch_calls` multiplies them as integers.
 
-    Codes of activations are round(127 x / max|x|) + 128. After GELU, which is hardly negative, they
-    are round(255 (x + GELU_SHIFT) / (max x + GELU_SHIFT)): half the step, and the shift, times the
-    sum of each column, is taken off again by the bias. Measured: a quarter of the divergence.
+    The kernel wants a scale per block; onnxruntime makes them of the row's, once, when it loads.
     """
+    k = weight.shape[1]
     name = node.inputs[1].name if node.inputs[1] is not None else None
+    block_size = next(size for size in (ROW_BLOCK, *BLOCK_SIZES) if k % size == 0)
     codes, scales = quantize_matrix(weight, 8, None, moments)
-    restored = codes.double() * scales.double()
-    matrix = initializer(graph, f"{name}.codes", np.ascontiguousarray(codes.numpy().T))
-    factors = initializer(graph, f"{name}.scales", scales[:, 0].numpy())
-    x = node.inputs[0]
-    nodes: list[ir.Node] = []
+    blocks = _blocks(graph, f"{name}.blocks", codes, 8, block_size)
+    rows = initializer(graph, f"{name}.scales", scales[:, 0].numpy())
     last_axis = initializer(graph, "last_axis", np.array([-1], np.int64))
-    if after_gelu:
-        shift = initializer(graph, "gelu_shift", np.array(GELU_SHIFT, np.float32))
-        step = initializer(graph, "gelu_step", np.array(1 / 255, np.float32))
-        zero = initializer(graph, "gelu_zero", np.array(0, np.uint8))
-        x = add(nodes, "Add", x, shift)  # not negative
-        reach = add(nodes, "ReduceMax", x, last_axis, keepdims=1)  # (B, S, 1)
-    else:
-        step = initializer(graph, "row_step", np.array(1 / 127, np.float32))
-        zero = initializer(graph, "row_zero", np.array(128, np.uint8))
-        reach = add(nodes, "ReduceMax", add(nodes, "Abs", x), last_axis, keepdims=1)
-    # In a row of zeros 0 / 0: whatever code that becomes, it is multiplied by the reach, 0.
-    quantized = add(nodes, "QuantizeLinear", add(nodes, "Div", x, reach), step, zero)
-    product = add(
-        nodes,
-        "MatMulIntegerToFloat",
-        *(quantized, matrix, step, factors, zero),
-        domain="com.microsoft",
-    )
-    add(nodes, "Mul", product, reach)
-    if after_gelu:
-        _add_to_bias(graph, node, f"{name}.unshift", (-GELU_SHIFT * restored.sum(1)).numpy())
+    shape = initializer(graph, f"scales.{k}", np.array([1, k // block_size], np.int64))
+    nodes: list[ir.Node] = []
+    factors = add(nodes, "Expand", add(nodes, "Unsqueeze", rows, last_axis), shape)
+    nodes.append(_product(node.inputs[0], blocks, factors, 8))
     replace(graph, node, nodes)
-
-
-def _add_to_bias(graph: ir.Graph, node: ir.Node, name: str, values: FloatArray) -> None:
-    """Add values (N) to the bias of the norm that takes the matrix's result: no node of its own."""
-    ((norm, _),) = node.outputs[0].uses()
-    assert norm.op_type == "SkipLayerNormalization"
-    if len(norm.inputs) == 5:
-        values = array(norm.inputs[4]) + values
-    norm.resize_inputs(5)
-    norm.replace_input_with(4, initializer(graph, name, values.astype(np.float32)))
 
 
 def _replace_gather(graph: ir.Graph, node: ir.Node, blocks: ir.Value, scales: ir.Value) -> None:
@@ -279,18 +254,22 @@ def _replace_gather(graph: ir.Graph, node: ir.Node, blocks: ir.Value, scales: ir
     replace(graph, node, [scales_3d, gather, rows])
 
 
-def _halve_positions(graph: ir.Graph) -> None:
-    """The position table as float16, read as before. Left alone if float16 cannot hold it."""
+def _quantize_positions(graph: ir.Graph) -> None:
+    """The position table in 8 bits: one node in the place of one."""
     table = graph.initializers["transformer.wpe.weight"]
-    with np.errstate(over="ignore"):
-        halves = array(table).astype(np.float16)
-    if not np.isfinite(halves).all():
-        return
+    weight = torch.from_numpy(np.require(array(table), requirements="W"))
+    block_size = block_size_for(weight.shape[1])
+    codes, scales = quantize_matrix(weight, 8, block_size)
+    packed = (codes.to(torch.int16) + 128).to(torch.uint8)
     ((gather, _),) = table.uses()
-    table.const_value, table.dtype = ir.tensor(halves, name=table.name), ir.DataType.FLOAT16
-    rows = ir.node("Gather", gather.inputs, gather.attributes)
-    rows.outputs[0].type = ir.TensorType(ir.DataType.FLOAT16)
-    replace(graph, gather, [rows, ir.node("Cast", rows.outputs, {"to": ir.DataType.FLOAT})])
+    inputs = [
+        initializer(graph, f"{table.name}.blocks", packed.numpy()),
+        gather.inputs[1],
+        initializer(graph, f"{table.name}.scales", scales.numpy()),
+    ]
+    attributes = {"bits": 8, "block_size": block_size, "gather_axis": 0, "quantize_axis": 1}
+    rows = ir.node("GatherBlockQuantized", inputs, attributes, domain="com.microsoft")
+    replace(graph, gather, [rows])
 
 
 def _quantize_cache(graph: ir.Graph, statistics: Statistics) -> None:

@@ -19,6 +19,7 @@ from pico_edge.export.calibrate import Statistics
 from pico_edge.export.columns import quantize_columns
 from pico_edge.export.graph import array, drop_unused, initializer, replace
 from pico_edge.export.portable import trace_portable
+from pico_edge.export.prompts import branch_calls
 from pico_edge.export.quantize import Plan, choose_plan, quantize_graph
 from pico_edge.export.trace import trace
 from pico_edge.train.model import GPT
@@ -123,17 +124,20 @@ def quantize_for(
         quantize_columns(model, standard=target.portable)
 
 
-def adapt(model: ir.Model, target: Target) -> None:
+def adapt(model: ir.Model, target: Target, plan: Plan | None = None) -> None:
     """The last pass, after any quantization: what the target's kernels ask for.
 
-    Raises PicoEdgeError for weights that float16 cannot hold.
+    plan: of the quantization. Raises PicoEdgeError for weights that float16 cannot hold.
     """
     if target.half:
         to_half(model)
         _give_gather_zero_points(model)
     if target.name == "cpu":
         _split_norms(model)
-        _pack_queries(model)
+        if plan is not None and plan.branches:  # whose attention in floats scales them apart
+            branch_calls(model.graph)
+        else:
+            _pack_queries(model)
     if target.name == "directml":
         _give_matmul_zero_points(model)
         _spell_out_gather(model)
@@ -180,7 +184,7 @@ def _pack_queries(model: ir.Model) -> None:
     Steps of 4 x 128 take 11 % less time, of 4 x 256 5 %, of 6 x 384 4 %; of 12 x 768 0 to 3 % more.
     """
     graph = model.graph
-    width = array(graph.initializers["transformer.wpe.weight"]).shape[1]
+    width = array(graph.initializers["transformer.h.0.ln_1.weight"]).size
     if width >= PACKED_BELOW:
         return
     for node in [node for node in graph if node.op_type == "GroupQueryAttention"]:

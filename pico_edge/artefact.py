@@ -43,10 +43,10 @@ FINE_HEAD_BLOCK = 16
 FINE_HEAD_SHARE = 0.1
 FINE_MLP_BLOCK = 32
 FINE_MLP_WIDTH = 256  # wider ones have blocks twice as long, and so stay within 3 % of 8-bit peers
-# Positions of a quantized file become float16, 1.5 % of 6 x 384 and 1.2 % of 12 x 768, whose
-# rounding is a twentieth of that of the codes beside them. Their Cast takes a step 1 us, which a
-# smaller table, of fewer numbers than this, is not worth.
-HALF_POSITIONS_FROM = 1 << 16
+# A call of more tokens takes the other branch of a file that has two. Drafts and the token before
+# them are at most 16, and go through the kernels of the steps, whose texts they must not change.
+# At 12 x 768 int8 both take the same time for 16, and a short prompt need not load the other.
+FEW_TOKENS = 32
 
 KEY_PREFIX = "pico_edge."
 FORMAT_VERSION_KEY = KEY_PREFIX + "format_version"
@@ -54,7 +54,8 @@ CONFIG_KEY = KEY_PREFIX + "config"
 TOKENIZER_KEY = KEY_PREFIX + "tokenizer"
 SAMPLING_KEY = KEY_PREFIX + "sampling"
 # How to run it: {"target", "precision", "opset", "weights", "cache", "rows_are_independent",
-# "across_cpus", "session_config_without_vnni", "min_onnxruntime", "kernels"}.
+# "across_cpus", "min_onnxruntime", "kernels", "few_tokens"}.
+# few_tokens: of a file with two branches; calls of more take the other one; else None.
 # rows_are_independent: whether a text depends, beyond rounding, on no row or call beside it.
 # kernels: provider -> {"missing": nodes without a kernel there, "source": where that was read}.
 EXPORT_KEY = KEY_PREFIX + "export"
@@ -132,6 +133,12 @@ def output_names(n_layer: int) -> list[str]:
     return [LOGITS, *present_names(n_layer)]
 
 
+def few_tokens(export: dict[str, Any]) -> int | None:
+    """The value of that name in EXPORT_KEY; None for a file without branches."""
+    value = export.get("few_tokens")
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
 def worth_drafting(config: GPTConfig) -> bool:
     """Whether a step is long enough for guessed tokens to pay: see MIN_DRAFTING_WEIGHTS."""
     return 12 * config.n_layer * config.n_embd**2 >= MIN_DRAFTING_WEIGHTS
@@ -162,11 +169,6 @@ SAMPLING_DEFAULTS: dict[str, Any] = {
     "min_new_tokens": 0,
     "context_overflow": "slide",
 }
-
-
-def has_half_positions(config: GPTConfig) -> bool:
-    """Whether a quantized file for the CPU has its position table in float16."""
-    return config.block_size * config.n_embd >= HALF_POSITIONS_FROM
 
 
 def fine_blocks(config: GPTConfig) -> dict[str, int]:

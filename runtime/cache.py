@@ -18,6 +18,7 @@ import numpy.typing as npt
 from pico_edge import artefact
 from pico_edge.errors import PicoEdgeError, UsageError
 from pico_edge.runtime.installed import import_onnxruntime
+from pico_edge.runtime.weights import FEW, MANY
 
 if TYPE_CHECKING:
     from pico_edge.runtime.session import Session
@@ -76,7 +77,8 @@ class Cache:
         self.session = session
         self._pace = session.pace if ort_session is None else None
         self._threads = session.threads
-        self._ort = ort_session or session.with_threads(self._threads)
+        self._ort = ort_session  # of steps, once one was made
+        self._few_tokens = capacity if session.few_tokens is None else session.few_tokens
         self.batch = batch
         self.capacity = capacity
         self.lengths = [0] * batch
@@ -96,15 +98,16 @@ class Cache:
             self._arrays = []  # the values are copies on the device
         self._row_bytes = int(np.prod(shape[1:])) * session.cache_dtype.itemsize
         self._row_shape = (1, *shape[1:])
-        self._row_bindings: dict[int, Any] = {}
-        self._binding: Any = None  # of all rows, for prompts and for decode
+        # By branch, and the row whose memory it has, or None for all rows.
+        self._bindings: dict[tuple[str, int | None], Any] = {}
         self._verifications: dict[int, _Verification] = {}  # by number of tokens
         self._bind_decode()
 
     def _bind_decode(self) -> None:
         """Make the inputs of `decode`, one token per row, written in place at every step."""
         session, batch = self.session, self.batch
-        self._bound_to_decode = False  # the small inputs and logits of _binding are those of decode
+        # The binding of all rows while its small inputs and logits are those of decode.
+        self._bound_to_decode: Any = None
         self._ids = np.zeros(batch, np.int64)
         self._positions = np.zeros(batch, np.int64)
         self._total = np.zeros((), np.int32)
@@ -165,7 +168,7 @@ class Cache:
         for piece in np.array_split(chunk, pieces, axis=1):
             end = past + piece.shape[1]
             self._run(
-                self._row_binding(row),
+                row,
                 _small_inputs(
                     np.ascontiguousarray(piece),
                     np.arange(past, end, dtype=np.int64)[None],  # (1, S)
@@ -200,12 +203,11 @@ class Cache:
         else:
             self._ids[:], self._positions[:], self._seqlens[:] = token_ids, lengths, lengths
         self._total[()] = longest + 1
-        binding = self._binding
-        if not self._bound_to_decode:
-            binding = self._whole_binding()
+        binding = self._bound_to_decode
+        if binding is None:
+            binding = self._bound_to_decode = self._binding(FEW, None)
             _bind_inputs(binding, self._decode_inputs)
             binding.bind_ortvalue_output(artefact.LOGITS, self._decode_output)
-            self._bound_to_decode = True
         elif self.session.device != "cpu":
             _bind_inputs(binding, self._decode_inputs)  # off the CPU, binding is what copies them
         self._run_paced(binding)
@@ -247,23 +249,23 @@ class Cache:
         """Run, and where the number of threads may change, say how long it took."""
         pace = self._pace
         if pace is None:
-            self._call(binding)
+            self._call(self._ort, binding)
             return
         started = clock()
-        self._call(binding)
+        self._call(self._ort, binding)
         pace.record(clock() - started, self._threads)
         if pace.threads != self._threads:
             self._change_threads(pace.threads)
 
-    def _call(self, binding: Any) -> None:
+    def _call(self, ort_session: Any, binding: Any) -> None:
         """Raises MemoryError for want of memory, PicoEdgeError when onnxruntime fails otherwise."""
         lock = self.session.one_at_a_time
         try:
             if lock is None:
-                self._ort.run_with_iobinding(binding)
+                ort_session.run_with_iobinding(binding)
             else:
                 with lock:
-                    self._ort.run_with_iobinding(binding)
+                    ort_session.run_with_iobinding(binding)
         except RUN_ERRORS as error:
             reason = str(error).splitlines()[0]
             if any(words in reason for words in NO_MEMORY):
@@ -281,8 +283,8 @@ class Cache:
             self._pace = self.session.pace = None  # no memory for it, or a new file: as before
             return
         self._threads = threads
-        self._binding, self._row_bindings, self._bound_to_decode = None, {}, False
-        self._verifications = {}
+        self._bindings = {key: kept for key, kept in self._bindings.items() if key[0] == MANY}
+        self._verifications, self._bound_to_decode = {}, None
 
     def truncate(self, row: int, length: int) -> None:
         """Forget all but the first `length` tokens of a row."""
@@ -319,8 +321,7 @@ class Cache:
         self._values = [
             ort.OrtValue.ortvalue_from_numpy(array, self.session.device) for array in self._arrays
         ]
-        self._row_bindings, self._verifications = {}, {}
-        self._binding = None
+        self._bindings, self._verifications = {}, {}
         self._bind_decode()
         return list(range(self.batch))
 
@@ -350,7 +351,7 @@ class Cache:
         out_index = [b * S + s for b, places in enumerate(wanted) for s in places]
         logits: FloatArray = np.empty((len(out_index), self._vocab_size), self.session.logits_dtype)
         self._run(
-            self._whole_binding(),
+            None,
             _small_inputs(
                 ids,
                 np.tile(np.arange(S, dtype=np.int64), (self.batch, 1)),  # (B, S)
@@ -376,29 +377,35 @@ class Cache:
         self.lengths[row] += len(ids)
         return logits
 
-    def _run(self, binding: Any, inputs: dict[str, Any], logits: FloatArray) -> None:
-        if binding is self._binding:
-            self._bound_to_decode = False
+    def _run(self, row: int | None, inputs: dict[str, Any], logits: FloatArray) -> None:
+        """One call on the memory of a row, or of all: the form of the weights is that for its
+        number of tokens."""
+        n_tokens = inputs[artefact.INPUT_IDS].shape()[1]
+        branch = FEW if n_tokens <= self._few_tokens else MANY
+        binding = self._binding(branch, row)
+        if binding is self._bound_to_decode:
+            self._bound_to_decode = None
         _bind_inputs(binding, inputs)
         output = ort.OrtValue.ortvalue_from_numpy(logits)
         binding.bind_ortvalue_output(artefact.LOGITS, output)
-        self._call(binding)
+        self._call(self._ort if branch == FEW else self.session.for_prompts(), binding)
         if self.session.device != "cpu":
             binding.synchronize_outputs()
 
-    def _whole_binding(self) -> Any:
-        """The binding with the memory of all rows; one, since making it takes 50 us."""
-        if self._binding is None:
-            self._binding = self._bind_caches(self._ort.io_binding(), None)
-        return self._binding
-
-    def _row_binding(self, row: int) -> Any:
-        """A binding with the memory of one row as a cache of batch 1."""
-        if self.batch == 1:
-            return self._whole_binding()
-        if row not in self._row_bindings:
-            self._row_bindings[row] = self._bind_caches(self._ort.io_binding(), row)
-        return self._row_bindings[row]
+    def _binding(self, branch: str, row: int | None) -> Any:
+        """The binding with the memory of one row as a cache of batch 1, or of all rows; kept, since
+        making one takes 50 us."""
+        key = branch, None if self.batch == 1 else row
+        if key not in self._bindings:
+            if branch == MANY:
+                made_of = self.session.for_prompts()
+            elif self._ort is None:
+                self._bindings.clear()  # or a lazy session could not give up its form for prompts
+                made_of = self._ort = self.session.with_threads(self._threads)
+            else:
+                made_of = self._ort
+            self._bindings[key] = self._bind_caches(made_of.io_binding(), key[1])
+        return self._bindings[key]
 
     def _bind_caches(self, binding: Any, row: int | None) -> Any:
         """Bind the cache, whole or one row of it, as past and as present: the same memory."""
@@ -436,6 +443,7 @@ class _Verification:
             self.ids, self.positions, self.seqlens, self.total, np.arange(n, dtype=np.int64)
         )
         self._output = ort.OrtValue.ortvalue_from_numpy(self.logits)
+        cache._binding(FEW, None)  # a lazy session is loaded now
         self.binding = cache._bind_caches(cache._ort.io_binding(), None)
         _bind_inputs(self.binding, self._inputs)
         self.binding.bind_ortvalue_output(artefact.LOGITS, self._output)

@@ -36,7 +36,7 @@ from pico_edge.runtime.installed import (
 from pico_edge.runtime.portable import PortableCache
 from pico_edge.runtime.preflight import check_unchanged, read_model_file
 from pico_edge.runtime.threads import Pace, fixed_threads, physical_cores
-from pico_edge.runtime.weights import Weights, is_utf8
+from pico_edge.runtime.weights import FEW, MANY, Weights, is_utf8
 from pico_edge.tokenizer import Tokenizer, tokenizer_from_dict
 
 ort = import_onnxruntime()
@@ -49,16 +49,15 @@ ORT_PROVIDERS = {
     "webgpu": "WebGpuExecutionProvider",
 }
 ORT_DEVICES = {"cpu": "cpu", "cuda": "cuda", "directml": "dml", "webgpu": "webgpu"}
-DTYPES = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(int8)": np.int8,
-    "tensor(uint8)": np.uint8,
-}
+DTYPES = ("float32", "float16", "int8", "uint8")
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 # Bytes of a file so small that fewer threads may be faster; it loads twice in 20 ms.
 TIMED_AT_LOAD = 4 << 20
 TIMED_STEPS = 16
+SPIN_US = "1000"
+# Of u8 and s8, which kernels for x86 without VNNI add in 16 bits.
+SATURATING = frozenset({"com.microsoft.QGemm", "com.microsoft.MatMulIntegerToFloat"})
+LOAD_S_PER_BYTE = 1.2e-9  # what another number of threads costs: 0.16 s of 127 MB, 0.03 s of 13 MB
 # The provider webgpu is a plugin beside onnxruntime, of any distribution; see runtime/webgpu.py.
 WEBGPU_PLUGIN = "onnxruntime-ep-webgpu"
 WEBGPU_EXPORT = f"pico-edge export ckpt.pt --target {artefact.WEBGPU_TARGETS[0]}"
@@ -71,7 +70,8 @@ class Session:
     that is set, else the one the file is made for, else cpu. threads: a number, or "auto":
     PICO_EDGE_THREADS if that is set, else chosen from the physical cores that this process may use,
     and again while it runs, see Pace. allow_foreign: load a file that is not of pico-edge; it has
-    no config, hence no cache.
+    no config, hence no cache. lazy: load nothing before it is needed, and no form of the weights
+    for prompts beside one for steps while a first text begins: for a process of one text.
     Raises ArtefactError for a file that is refused, UsageError for an argument, PicoEdgeError when
     the provider cannot run it. Nothing moves to another provider without a word: what runs is in
     `provider`, and a choice of "auto" that is not the file's own is in `notices`.
@@ -84,6 +84,7 @@ class Session:
         provider: str = "auto",
         threads: str | int = "auto",
         allow_foreign: bool = False,
+        lazy: bool = False,
     ) -> None:
         self.path = Path(path)
         fixed = fixed_threads(threads)
@@ -115,14 +116,18 @@ class Session:
         if overlap is not None:
             self.notices.append(overlap)
         self.device = ORT_DEVICES[self.provider]
-        started = clock()
         self._weights = Weights.of(model_file) if self.provider == "cpu" else None
-        self.ort = _load(self.path, self.provider, most, self._weights)
-        load_s = clock() - started
-        check_unchanged(model_file)
         self._model_file = model_file
-        self._loaded = {most: self.ort}  # by threads
+        self._loaded: dict[int, Any] = {}  # by threads
+        self._for_prompts: Any = None
         self._fixed_threads = most
+        self._lazy = lazy
+        # Calls of more tokens are for another form of the weights; None if there is none, or if its
+        # products would saturate: those of the other form do not.
+        self.few_tokens = None
+        saturates = may_saturate() and not SATURATING.isdisjoint(model_file.op_types)
+        if self._weights is not None and MANY in self._weights.graphs and not saturates:
+            self.few_tokens = artefact.few_tokens(self.export)
         # DirectML's GroupQueryAttention takes the past for empty when S > 1: wrong text, no error.
         self.appends = self.provider != "directml"
         # DirectML's sessions do not take calls from several threads at once.
@@ -131,29 +136,49 @@ class Session:
         self.logits_dtype = self._dtype(artefact.LOGITS)
         self.pace: Pace | None = None
         adapts = self._config is not None and self.export.get("target") != artefact.PORTABLE
+        if not lazy:
+            if self.few_tokens is not None:
+                self.for_prompts()  # first: what it is made of is given back before the rest comes
+            self.with_threads(most)
         if fixed is None and most > 1 and self.provider == "cpu" and adapts:
-            self.pace = Pace(most, cost_s=load_s)
+            self.pace = Pace(most, cost_s=self.size * LOAD_S_PER_BYTE)
             if self.size <= TIMED_AT_LOAD:
                 times = {n: self._step_s(n) for n in (most, self.pace.fewer)}
-                self.pace = Pace(most, cost_s=load_s, means_s=times)
-                self.ort = self._loaded[self.pace.threads]
+                self.pace = Pace(most, cost_s=self.pace.cost_s, means_s=times)
 
     @property
     def threads(self) -> int:
         """Threads that the next step will use."""
         return self._fixed_threads if self.pace is None else self.pace.threads
 
+    @property
+    def ort(self) -> Any:
+        """onnxruntime's session for the next step."""
+        return self.with_threads(self.threads)
+
     def with_threads(self, threads: int) -> Any:
-        """onnxruntime's session with so many threads; loaded when first asked for.
+        """onnxruntime's session for steps, with so many threads; loaded when first asked for.
 
         Its kernels have weights of their own (125 MB at 12 x 768 int8). Raises
         PicoEdgeError when the file cannot be loaded again, or has changed.
         """
         if threads not in self._loaded:
-            loaded = _load(self.path, self.provider, threads, self._weights)
-            check_unchanged(self._model_file)
-            self._loaded[threads] = loaded
+            if self._lazy and not self._loaded:
+                self._for_prompts = None  # the prompt is read: its form is not kept beside this one
+            self._loaded[threads] = self._load(FEW, threads)
         return self._loaded[threads]
+
+    def for_prompts(self) -> Any:
+        """onnxruntime's session for calls of more than few_tokens, with as many threads as the
+        steps begin with; as `with_threads`."""
+        if self._for_prompts is None:
+            self._for_prompts = self._load(MANY, self._fixed_threads)
+        return self._for_prompts
+
+    def _load(self, branch: str, threads: int) -> Any:
+        loaded = _load(self.path, self.provider, threads, self._weights, branch)
+        check_unchanged(self._model_file)
+        return loaded
 
     def _step_s(self, threads: int) -> float:
         """Seconds of a step with so many threads, the median of a few."""
@@ -198,11 +223,11 @@ class Session:
 
     def _dtype(self, name: str) -> np.dtype[Any]:
         """Element type of an input or output; float32 where a foreign file has no such name."""
-        values = (*self.ort.get_inputs(), *self.ort.get_outputs())
-        found = next((value.type for value in values if value.name == name), "tensor(float)")
+        values = (*self._model_file.inputs, *self._model_file.outputs)
+        found = next((value.elem_type for value in values if value.name == name), "float32")
         if found not in DTYPES:
             raise ArtefactError(f"{self.path}: {name} is {found}: expected {', '.join(DTYPES)}")
-        return np.dtype(DTYPES[found])
+        return np.dtype(found)
 
     def new_cache(self, batch: int = 1, capacity: int | None = None) -> Cache | PortableCache:
         """An empty cache of `batch` rows of up to `capacity` tokens each, block_size by default."""
@@ -265,7 +290,9 @@ def choose_provider(
     return wanted, []
 
 
-def _load(path: Path, provider: str, threads: int, weights: Weights | None) -> Any:
+def _load(
+    path: Path, provider: str, threads: int, weights: Weights | None, branch: str = FEW
+) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -273,11 +300,8 @@ def _load(path: Path, provider: str, threads: int, weights: Weights | None) -> A
     options.log_severity_level = 4  # nothing but crashes: errors come as exceptions
     # Measured: without spinning, two threads are slower than one.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
-    if may_saturate():
-        # Else products of u8 and s8 saturate at 16 bits (logits off by 0.4 on a trained model); so
-        # they are those of VNNI, to the bit. With VNNI it would cost 12 x 768 18 % of decoding,
-        # 46 % of prompts, 200 ms and 60 MB at load: the weights become u8.
-        options.add_session_config_entry("session.x64quantprecision", "1")
+    spin = os.environ.get("SPIN", SPIN_US)
+    options.add_session_config_entry("session.intra_op.spin_duration_us", spin)
     if provider in ("cuda", "webgpu"):
         # An operator without a kernel there would silently run on the CPU, with copies each step.
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
@@ -288,9 +312,10 @@ def _load(path: Path, provider: str, threads: int, weights: Weights | None) -> A
     if weights is None:
         model = os.fspath(path) if is_utf8(path) else path.read_bytes()
     else:
-        model = weights.model
-        options.add_session_config_entry(EXTERNAL_FOLDER, weights.folder)
-        for tensor, array in weights.shared.items():
+        model = weights.graphs[branch].model
+        if weights.folder is not None:
+            options.add_session_config_entry(EXTERNAL_FOLDER, weights.folder)
+        for tensor, array in weights.arrays(branch).items():
             shared.append(ort.OrtValue.ortvalue_from_numpy(array))
             options.add_initializer(tensor, shared[-1])
     name = ORT_PROVIDERS[provider]

@@ -6,6 +6,9 @@ the file: it maps each until the kernel has packed it. What kernels read as it i
 tokens, is read once and shared by all sessions. Half of the time, and less memory: figures are in
 NOTES.md. Nothing stays mapped, so a file that is overwritten later harms no session.
 
+A graph that is one choice by the number of tokens (`pico_edge.export.prompts`) becomes two, so that
+each session packs its own form of the weights, and only when it is needed.
+
 Try: `Weights.of(read_model_file("model.onnx"))`, None for a small model.
 """
 
@@ -14,13 +17,15 @@ from __future__ import annotations
 import math
 import mmap
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from pico_edge import artefact
 from pico_edge.errors import ArtefactError
 from pico_edge.runtime.preflight import ModelFile, Tensor, identity
 from pico_edge.runtime.wire import (
@@ -31,6 +36,7 @@ from pico_edge.runtime.wire import (
     NODE,
     RAW_DATA,
     TENSOR,
+    VALUE,
     VARINT,
     Reader,
 )
@@ -38,64 +44,123 @@ from pico_edge.runtime.wire import (
 LARGE_BYTES = 1 << 16  # a map takes two calls of the system and whole pages
 # Their kernels pack the weights when they are loaded, and do not look at the tensor again.
 PACKING = frozenset(
-    {"DynamicQuantizeMatMul", "Gemm", "MatMul", "MatMulIntegerToFloat", "MatMulNBits"}
+    {"DynamicQuantizeMatMul", "Gemm", "MatMul", "MatMulIntegerToFloat", "MatMulNBits", "QGemm"}
 )
 ITEM_BYTES = {
     name: np.dtype(name).itemsize
     for name in ("int8", "uint8", "float16", "float32", "int32", "int64")
 }
+# Of a graph with two branches, or FEW alone.
+FEW, MANY = "few", "many"
+BRANCHES = {"else_branch": FEW, "then_branch": MANY}
+CHOICE = ["Shape", "Greater", "If"]  # its nodes
+CUT_SHORT = "cut short while it was loaded: try again"
 
 # Fields of messages that are written here; those of reading are in `wire`.
-NODE_INPUT, NODE_OP_TYPE, NODE_ATTRIBUTE = 1, 4, 5
-ATTRIBUTE_GRAPHS = (6, 11)
-GRAPH_NODE, GRAPH_INITIALIZER = 1, 5
+NODE_INPUT, NODE_OUTPUT, NODE_OP_TYPE, NODE_ATTRIBUTE = 1, 2, 4, 5
+ATTRIBUTE_NAME, ATTRIBUTE_INT, ATTRIBUTE_GRAPHS = 1, 3, (6, 11)
+GRAPH_NODE, GRAPH_INITIALIZER, GRAPH_OUTPUT, GRAPH_VALUE_INFO = 1, 5, 12, 13
 MODEL_GRAPH, MODEL_METADATA = 7, 14
+TENSOR_DIMS, TENSOR_TYPE, TENSOR_NAME = 1, 2, 8
 TENSOR_EXTERNAL_DATA, TENSOR_DATA_LOCATION, EXTERNAL = 13, 14, 1
+INT8 = 3  # of TensorProto.DataType
+
+
+class _Node(NamedTuple):
+    """graphs: attribute and where the graph is. integers: attribute -> value."""
+
+    span: tuple[int, int]
+    inputs: list[str]
+    outputs: list[str]
+    graphs: list[tuple[str, tuple[int, int]]]
+    integers: dict[str, int]
+    op_type: str = ""
+
+
+class Graph(NamedTuple):
+    """A model to load. model: without its large tensors. shared: names of those that stay in use.
+
+    signed: name -> the codes of 8 bits that it is made of, whose first bit is turned round, and its
+    shape: what the graph would do at every load, in a third of the time and without copies.
+    """
+
+    model: bytes
+    shared: list[str]
+    signed: dict[str, tuple[Tensor, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
 class Weights:
     """What to load instead of a path.
 
-    model: the graph without its large tensors. folder: where the file is that these point into.
-    shared: the tensors that stay in use, by name.
+    graphs: by branch; FEW alone if the graph has none. folder: of the file that they point into,
+    None if they do not. shared: the tensors that stay in use, by name.
     """
 
-    model: bytes
-    folder: str
+    graphs: dict[str, Graph]
+    path: Path
+    identity: tuple[int, int, int, int]
+    folder: str | None
     shared: dict[str, npt.NDArray[Any]]
 
     @staticmethod
     def of(model_file: ModelFile) -> Weights | None:
         """The weights of a checked file; None where a path does as well, or must do.
 
-        That is a file without large tensors, one whose tensors are not aligned to their elements
-        (those of pico-edge are), one with a name that is not UTF-8 or has gone (it may still be
-        open, as /dev/fd/3), and any on Windows, where this has not been tried.
+        That is a file of one branch without large tensors, or with one that nothing can point to,
+        and one that has changed since. Nothing points to tensors that are not aligned to their
+        elements (those of pico-edge are), into a file whose name is not UTF-8 or has gone (it may
+        still be open, as /dev/fd/3), and on Windows, where this has not been tried: branches are
+        then given with all contents.
         """
-        large = {
-            tensor.span: tensor
-            for tensor in model_file.initializers
-            if tensor.n_bytes >= LARGE_BYTES
-        }
         path = Path(os.path.realpath(model_file.path))  # a link may not leave its folder
-        if os.name != "posix" or not large or not is_utf8(path) or not path.exists():
+        large = [tensor for tensor in model_file.initializers if tensor.n_bytes >= LARGE_BYTES]
+        points = os.name == "posix" and is_utf8(path) and path.exists()
+        if not points:
+            path, large = model_file.path, []
+        try:
+            file = open(path, "rb")  # noqa: SIM115
+        except OSError:
             return None
-        with open(path, "rb") as file:
+        with file:
             if identity(os.fstat(file.fileno())) != model_file.identity:
                 return None
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                reader = Reader(model_file.path, data)
-                packed = _packed_names(reader, model_file.graph_span)
-                if not all(_can_point_to(t, t.name in packed) for t in large.values()):
-                    return None
-                model = _without_contents(reader, model_file.graph_span, large, path.name)
-            shared = {
-                tensor.name: _read(file, tensor)
-                for tensor in large.values()
-                if tensor.name not in packed
-            }
-        return Weights(model, str(path.parent), shared)
+                name = path.name if points else None
+                source = _Source(Reader(model_file.path, data), model_file, large, name)
+                graphs = _graphs(source)
+                shared = {name for graph in graphs.values() for name in graph.shared}
+                if not all(_can_point_to(tensor, tensor.name not in shared) for tensor in large):
+                    large = []
+                    graphs = _graphs(source._replace(large=large, file_name=None))
+            if not large and graphs.keys() == {FEW}:
+                return None
+            arrays = {t.name: _read(file, t) for t in large if t.name in shared}
+        folder = str(path.parent) if points else None
+        return Weights(graphs, path, model_file.identity, folder, arrays)
+
+    def arrays(self, branch: str) -> dict[str, npt.NDArray[Any]]:
+        """The tensors that the branch is given beside its model; some are read anew from the file.
+
+        Raises ArtefactError if that is another one now.
+        """
+        graph = self.graphs[branch]
+        arrays = {name: self.shared[name] for name in graph.shared}
+        if graph.signed:
+            # One piece of memory, which the system has back at once: of many small ones malloc
+            # keeps two thirds.
+            memory = np.empty(sum(t.n_bytes for t, _ in graph.signed.values()), np.uint8)
+            with open(self.path, "rb") as file:
+                if identity(os.fstat(file.fileno())) != self.identity:
+                    raise ArtefactError(f"{self.path}: changed since it was loaded: try again")
+                for name, (tensor, shape) in graph.signed.items():
+                    codes, memory = memory[: tensor.n_bytes], memory[tensor.n_bytes :]
+                    file.seek(tensor.contents)
+                    if file.readinto(codes) != tensor.n_bytes:
+                        raise ArtefactError(f"{self.path}: {CUT_SHORT}")
+                    np.bitwise_xor(codes, 128, out=codes)
+                    arrays[name] = codes.view(np.int8).reshape(shape)
+        return arrays
 
 
 def is_utf8(path: Path) -> bool:
@@ -115,53 +180,73 @@ def _can_point_to(tensor: Tensor, mapped: bool) -> bool:
     return not mapped or tensor.contents % item_bytes == 0
 
 
-def _packed_names(reader: Reader, graph_span: tuple[int, int]) -> set[str]:
-    """Names that only nodes of PACKING read."""
-    packed, others = set[str](), set[str]()
-    graphs = [graph_span]
-    while graphs:
-        for number, start, stop in reader.fields(GRAPH, *graphs.pop()):
-            if number == GRAPH_NODE:
-                op_type, names, branches = _node(reader, start, stop)
-                (packed if op_type in PACKING else others).update(names)
-                graphs += branches
-    return packed - others
-
-
-def _node(reader: Reader, pos: int, end: int) -> tuple[str, list[str], list[tuple[int, int]]]:
-    """Operator, names of the inputs, and where the graphs among the attributes are."""
-    op_type, names, graphs = "", list[str](), list[tuple[int, int]]()
-    for number, start, stop in reader.fields(NODE, pos, end):
-        if number == NODE_OP_TYPE:
-            op_type = reader.text(start, stop, "operator name")
-        elif number == NODE_INPUT:
-            names.append(reader.text(start, stop, "name in a node"))
-        elif number == NODE_ATTRIBUTE:
-            graphs += [
-                (first, last)
-                for field, first, last in reader.fields(ATTRIBUTE, start, stop)
-                if field in ATTRIBUTE_GRAPHS
-            ]
-    return op_type, names, graphs
-
-
 def _read(file: BinaryIO, tensor: Tensor) -> npt.NDArray[Any]:
     file.seek(tensor.contents)
     array = np.fromfile(file, tensor.elem_type, math.prod(tensor.shape))
     if array.nbytes != tensor.n_bytes:
-        raise ArtefactError(f"{file.name}: cut short while it was loaded: try again")
+        raise ArtefactError(f"{file.name}: {CUT_SHORT}")
     return array.reshape(tensor.shape)
 
 
-def _without_contents(
-    reader: Reader, graph_span: tuple[int, int], large: dict[tuple[int, int], Tensor], name: str
-) -> bytes:
-    """The model, whose large tensors point into the file of that name, without its metadata."""
+class _Source(NamedTuple):
+    """A mapped file. large: tensors that the model points to, in the file of that name; None if it
+    cannot be named."""
+
+    reader: Reader
+    model_file: ModelFile
+    large: list[Tensor]
+    file_name: str | None
+
+
+def _graphs(source: _Source) -> dict[str, Graph]:
+    """By branch; FEW alone for a graph that is not just the choice that the metadata speaks of."""
+    reader, span = source.reader, source.model_file.graph_span
+    nodes = _nodes(reader, span)
+    export = source.model_file.metadata.get(artefact.EXPORT_KEY, {})
+    if artefact.few_tokens(export) is None or [node.op_type for node in nodes] != CHOICE:
+        return {FEW: _graph(source, nodes, None)}
+    choice, graphs = nodes[-1], {}
+    for attribute, branch in BRANCHES.items():
+        inside = dict(choice.graphs).get(attribute, (0, 0))
+        outputs = [
+            _value_name(reader, start, stop)
+            for number, start, stop in reader.fields(GRAPH, *inside)
+            if number == GRAPH_OUTPUT
+        ]
+        fields = {number for number, _, _ in reader.fields(GRAPH, *inside)}
+        if len(outputs) != len(choice.outputs) or GRAPH_INITIALIZER in fields or not outputs:
+            return {FEW: _graph(source, nodes, None)}
+        names = dict(zip(outputs, choice.outputs, strict=True))
+        graphs[branch] = _graph(source, _nodes(reader, inside), names)
+    return graphs
+
+
+def _graph(source: _Source, nodes: list[_Node], names: dict[str, str] | None) -> Graph:
+    """The model whose graph has these nodes, or whose nodes these are if names is None.
+
+    names: what values are called instead.
+    """
+    reader, initializers = source.reader, source.model_file.initializers
+    signed: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
+    if names is not None:
+        nodes, signed = _without_signs(reader, nodes, {t.name: t for t in initializers})
+    packed, others = _readers(reader, nodes)
+    used = {t.span: t for t in initializers if names is None or t.name in packed | others}
+    pointing = {tensor.span for tensor in source.large} & used.keys()
+    shared = [t.name for t in source.large if t.span in used and t.name not in packed - others]
     graph = bytearray()
-    for number, start, stop in reader.fields(GRAPH, *graph_span):
-        if number == GRAPH_INITIALIZER and (start, stop) in large:
-            graph += _field(number, _pointing(reader, large[start, stop], name))
-        else:
+    if names is not None:
+        for node in nodes:
+            graph += _field(GRAPH_NODE, _renamed(reader, node, names))
+        for name, (tensor, shape) in signed.items():
+            graph += _field(GRAPH_INITIALIZER, _signed(source, tensor, name, shape))
+    for number, start, stop in reader.fields(GRAPH, *source.model_file.graph_span):
+        if number == GRAPH_INITIALIZER:
+            if (start, stop) in pointing:
+                graph += _field(number, _pointing(source, used[start, stop]))
+            elif (start, stop) in used:
+                graph += _field(number, reader.data[start:stop])
+        elif names is None or number not in (GRAPH_NODE, GRAPH_VALUE_INFO):
             graph += _field(number, reader.data[start:stop])
     model = bytearray()
     for number, start, stop in reader.fields(MODEL, 0, len(reader.data)):
@@ -169,16 +254,143 @@ def _without_contents(
             model += _field(number, graph)
         elif number != MODEL_METADATA:
             model += _copied(reader, number, start, stop)
-    return bytes(model)
+    return Graph(bytes(model), shared, {} if source.file_name is None else signed)
 
 
-def _pointing(reader: Reader, tensor: Tensor, name: str) -> bytes:
-    """The TensorProto without its contents: where they are instead."""
+def _nodes(reader: Reader, graph_span: tuple[int, int]) -> list[_Node]:
+    return [
+        _node(reader, start, stop)
+        for number, start, stop in reader.fields(GRAPH, *graph_span)
+        if number == GRAPH_NODE
+    ]
+
+
+def _node(reader: Reader, pos: int, end: int) -> _Node:
+    node = _Node((pos, end), [], [], [], {})
+    op_type = ""
+    for number, start, stop in reader.fields(NODE, pos, end):
+        if number == NODE_OP_TYPE:
+            op_type = reader.text(start, stop, "operator name")
+        elif number in (NODE_INPUT, NODE_OUTPUT):
+            names = node.inputs if number == NODE_INPUT else node.outputs
+            names.append(reader.text(start, stop, "name in a node"))
+        elif number == NODE_ATTRIBUTE:
+            name = ""
+            for field, first, last in reader.fields(ATTRIBUTE, start, stop):
+                if field == ATTRIBUTE_NAME:
+                    name = reader.text(first, last, "attribute name")
+                elif field == ATTRIBUTE_INT:
+                    node.integers[name] = first
+                elif field in ATTRIBUTE_GRAPHS:
+                    node.graphs.append((name, (first, last)))
+    return node._replace(op_type=op_type)
+
+
+def _readers(reader: Reader, nodes: list[_Node]) -> tuple[set[str], set[str]]:
+    """Names that nodes of PACKING read, and those that others do, graphs in them included."""
+    packed, others = set[str](), set[str]()
+    rest = list(nodes)
+    while rest:
+        node = rest.pop()
+        (packed if node.op_type in PACKING else others).update(node.inputs)
+        for _, span in node.graphs:
+            rest += _nodes(reader, span)
+    return packed, others
+
+
+def _without_signs(
+    reader: Reader, nodes: list[_Node], initializers: dict[str, Tensor]
+) -> tuple[list[_Node], dict[str, tuple[Tensor, tuple[int, ...]]]]:
+    """The nodes but for those that make s8 of a tensor of u8; and what these make: see Graph.
+
+    They are BitwiseXor with 128, Cast and Reshape, each read by the next alone.
+    """
+    uses = Counter(name for node in nodes for name in node.inputs)
+    by_input = {node.inputs[0]: node for node in nodes if node.inputs and uses[node.inputs[0]] == 1}
+    dropped, signed = set[tuple[int, int]](), {}
+    for xor in nodes:
+        tensor = initializers.get(xor.inputs[0]) if xor.inputs else None
+        cast = by_input.get(xor.outputs[0]) if xor.outputs else None
+        reshape = by_input.get(cast.outputs[0]) if cast is not None and cast.outputs else None
+        if tensor is None or cast is None or reshape is None:
+            continue
+        if [node.op_type for node in (xor, cast, reshape)] != ["BitwiseXor", "Cast", "Reshape"]:
+            continue
+        sign, shape = (
+            _raw(reader, initializers.get(node.inputs[1] if len(node.inputs) == 2 else ""), kind)
+            for node, kind in ((xor, "uint8"), (reshape, "int64"))
+        )
+        if (
+            tensor.elem_type == "uint8"
+            and tensor.n_bytes >= LARGE_BYTES
+            and sign == [128]
+            and cast.integers.get("to") == INT8
+            and min(shape, default=0) > 0
+            and math.prod(shape) == tensor.n_bytes
+        ):
+            signed[reshape.outputs[0]] = tensor, tuple(shape)
+            dropped |= {node.span for node in (xor, cast, reshape)}
+    return [node for node in nodes if node.span not in dropped], signed
+
+
+def _raw(reader: Reader, tensor: Tensor | None, elem_type: str) -> list[int]:
+    """The numbers of a small tensor; none of one that is not there, or of another type."""
+    if tensor is None or tensor.elem_type != elem_type or not 0 < tensor.n_bytes < 100:
+        return []
+    if tensor.contents < 0:
+        return []
+    contents = reader.data[tensor.contents : tensor.contents + tensor.n_bytes]
+    return np.frombuffer(contents, elem_type).tolist()  # type: ignore[no-any-return]
+
+
+def _value_name(reader: Reader, pos: int, end: int) -> str:
+    """Of a ValueInfoProto."""
+    for number, start, stop in reader.fields(VALUE, pos, end):
+        if number == 1:
+            return reader.text(start, stop, "value name")
+    return ""
+
+
+def _renamed(reader: Reader, node: _Node, names: dict[str, str]) -> bytes | bytearray:
+    if names.keys().isdisjoint(node.inputs + node.outputs):
+        return reader.data[slice(*node.span)]
     message = bytearray()
+    for number, start, stop in reader.fields(NODE, *node.span):
+        if number in (NODE_INPUT, NODE_OUTPUT):
+            name = reader.text(start, stop, "name in a node")
+            message += _field(number, names.get(name, name).encode())
+        else:
+            message += _copied(reader, number, start, stop)
+    return message
+
+
+def _pointing(source: _Source, tensor: Tensor) -> bytes:
+    """The TensorProto without its contents: where they are instead."""
+    message, reader = bytearray(), source.reader
     for number, start, stop in reader.fields(TENSOR, *tensor.span):
         if number not in (RAW_DATA, TENSOR_DATA_LOCATION):
             message += _copied(reader, number, start, stop)
-    place = {"location": name, "offset": str(tensor.contents), "length": str(tensor.n_bytes)}
+    assert source.file_name is not None
+    return bytes(message + _place(tensor, source.file_name))
+
+
+def _signed(source: _Source, tensor: Tensor, name: str, shape: tuple[int, ...]) -> bytes:
+    """A TensorProto of s8, as many as the tensor has of u8, without contents if these can be
+    given: onnxruntime wants a place in a file even then."""
+    message = bytearray()
+    for length in shape:
+        message += _varint(TENSOR_DIMS << 3 | VARINT) + _varint(length)
+    message += _varint(TENSOR_TYPE << 3 | VARINT) + _varint(INT8)
+    message += _field(TENSOR_NAME, name.encode())
+    if source.file_name is not None:
+        return bytes(message + _place(tensor, source.file_name))
+    codes = np.frombuffer(source.reader.data, np.uint8, tensor.n_bytes, tensor.contents)
+    return bytes(message + _field(RAW_DATA, (codes ^ 128).tobytes()))
+
+
+def _place(tensor: Tensor, file_name: str) -> bytes:
+    message = bytearray()
+    place = {"location": file_name, "offset": str(tensor.contents), "length": str(tensor.n_bytes)}
     for key, value in place.items():
         entry = _field(1, key.encode()) + _field(2, value.encode())
         message += _field(TENSOR_EXTERNAL_DATA, entry)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pico_edge.artefact import SCALE_BLOCK, fine_blocks, has_half_positions
+from pico_edge.artefact import SCALE_BLOCK, fine_blocks
 from pico_edge.config import GPTConfig
 from pico_edge.errors import UsageError
 from pico_edge.tokenizer import SimpleTokenizer
@@ -168,8 +168,9 @@ def shape_for_target(
 
 def int8_bytes(config: GPTConfig, n_vocab: int) -> int:
     """Size of `pico-edge export --quantize` for a model of this shape, within a few percent."""
-    matrices = config.n_embd * (config.vocab_size + 12 * config.n_embd * config.n_layer)
-    floats = config.n_embd * (config.block_size + 13 * config.n_layer + 2)
+    tables = config.vocab_size + config.block_size
+    matrices = config.n_embd * (tables + 12 * config.n_embd * config.n_layer)
+    floats = config.n_embd * (13 * config.n_layer + 2)
     tokenizer = BYTES_PER_TOKEN * n_vocab if n_vocab > SimpleTokenizer.n_vocab else 0
     graph = GRAPH_BYTES + GRAPH_BYTES_PER_LAYER * config.n_layer
     finer = 0  # scales beyond one for SCALE_BLOCK weights
@@ -177,8 +178,7 @@ def int8_bytes(config: GPTConfig, n_vocab: int) -> int:
         rows = config.vocab_size if name == "lm_head" else 4 * config.n_embd
         finer += rows * config.n_embd * (SCALE_BLOCK // block - 1) // SCALE_BLOCK
     scaled = round(matrices * BYTES_PER_WEIGHT) + 4 * finer
-    halved = 2 * config.block_size * config.n_embd if has_half_positions(config) else 0
-    return scaled + 4 * floats - halved + tokenizer + graph
+    return scaled + 4 * floats + tokenizer + graph
 
 
 def decode_tokens_per_second(config: GPTConfig, n_bytes: int, bytes_per_second: float) -> float:

@@ -259,11 +259,11 @@ def test_the_file_says_how_it_is_stored(
     assert said["weights"]["int8"].endswith("table")
     assert said["cache"] == "int8"
     assert said["rows_are_independent"] is True
-    assert said["session_config_without_vnni"] == {}
+    assert said["few_tokens"] is None
     assert said["min_onnxruntime"] == "1.28"  # of the int8 cache
     said = read_model_file(Path(wide_report["file"])).metadata[artefact.EXPORT_KEY]
     assert said["weights"] == {"rows": "layers", "int8": "table"}
-    assert said["session_config_without_vnni"] == {"session.x64quantprecision": "1"}
+    assert said["few_tokens"] == artefact.FEW_TOKENS
     assert said["kernels"] == {"cpu": {"missing": [], "source": kernels.SOURCES["cpu"]}}
 
 

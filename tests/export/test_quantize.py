@@ -18,9 +18,11 @@ from pico_edge.config import GPTConfig
 from pico_edge.export import quantize
 from pico_edge.export.blocks import quantize_matrix
 from pico_edge.export.pipeline import export
-from pico_edge.export.quantize import GELU_SHIFT, block_size_for, choose_plan
+from pico_edge.export.prompts import GELU_SHIFT
+from pico_edge.export.quantize import block_size_for, choose_plan
 from pico_edge.runtime.preflight import read_model_file
 from pico_edge.runtime.session import Session
+from pico_edge.train.checkpoint import load_checkpoint
 from pico_edge.train.choose import int8_bytes
 
 
@@ -57,7 +59,7 @@ def test_an_int8_file_holds_the_table_once_and_no_float_matrix(
         for tensor in model.graph.initializer
         if tensor.data_type == onnx.TensorProto.FLOAT
     )
-    assert largest_float == 288 * 32  # the position table
+    assert largest_float == 288  # scales of the positions
     tables = [t for t in model.graph.initializer if list(t.dims) == [272, 1, 32]]
     assert len(tables) == 1
     users = [n.op_type for n in model.graph.node if tables[0].name in n.input]
@@ -81,12 +83,18 @@ def _matrix_bytes(path: Path) -> int:
     )
 
 
-def test_a_wide_int8_file_has_one_scale_per_row_of_activations(wide_report: dict[str, Any]) -> None:
-    model = onnx.load(wide_report["file"])
-    counts = Counter(node.op_type for node in model.graph.node)
-    assert counts["MatMulIntegerToFloat"] == counts["QuantizeLinear"] == 4 * 2
-    assert counts["MatMulNBits"] == 1  # the head
-    assert not counts["DynamicQuantizeMatMul"] and not counts["DynamicQuantizeLinear"]
+def test_the_branches_of_a_wide_int8_file_have_its_matrices_in_two_forms(
+    wide_report: dict[str, Any],
+) -> None:
+    choice = onnx.load(wide_report["file"]).graph.node[-1]
+    many, few = (
+        Counter(node.op_type for node in next(a.g for a in choice.attribute if a.name == name).node)
+        for name in ("then_branch", "else_branch")
+    )
+    assert many["QGemm"] == many["BitwiseXor"] == 4 * 2
+    assert few["MatMulNBits"] == 4 * 2 + 1 and not few["QGemm"]
+    assert many["MatMulNBits"] == 1  # the head
+    assert not many["DynamicQuantizeMatMul"] and not many["DynamicQuantizeLinear"]
 
 
 @pytest.mark.parametrize("report", ["int8_report", "wide_report", "int4_report"])
@@ -104,62 +112,29 @@ def test_a_narrow_model_of_a_short_context_keeps_its_cache_in_float32(
     assert read_model_file(path).metadata[artefact.EXPORT_KEY]["cache"] == "float32"
 
 
-@pytest.mark.parametrize("largest", [1.0, 1e8])
-def test_a_large_position_table_is_float16_if_that_can_hold_it(
-    largest: float,
-    make_checkpoint: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_positions_have_8_bits_and_are_read_by_one_node(
+    int8_path: Path, checkpoint_path: Path, int8: Session
 ) -> None:
-    config = GPTConfig(block_size=64, vocab_size=272, n_layer=1, n_head=2, n_embd=32)
-    checkpoint = make_checkpoint(config)
-    whole = export(checkpoint, tmp_path / "whole.onnx", quantize=True)["file"]
-    graph = ir.serde.deserialize_model(onnx.load(whole)).graph
-    table = graph.initializers["transformer.wpe.weight"]
-    assert table.dtype == ir.DataType.FLOAT
-    contents = table.const_value.numpy() * largest
-    table.const_value = ir.tensor(contents, name=table.name)
-    quantize._halve_positions(graph)
-    model = ir.Model(graph, ir_version=8)
-    data = ir.to_proto(model).SerializeToString()
-    ort.InferenceSession(data, providers=["CPUExecutionProvider"])  # is sound
-    halved = graph.initializers["transformer.wpe.weight"].const_value.numpy()
-    if largest > 1:
-        np.testing.assert_array_equal(halved, contents)
-        return
-    assert halved.dtype == np.float16
-    monkeypatch.setattr(artefact, "HALF_POSITIONS_FROM", 64 * 32)
-    half = export(checkpoint, tmp_path / "half.onnx", quantize=True)["file"]
-    assert Path(whole).stat().st_size - Path(half).stat().st_size > 1900 * 2
-    ids = list(b"Identifiers are used as names, and keywords are reserved.")
-    found, expected = (
-        Session(path, threads=1).new_cache().append(0, ids, all_logits=True)
-        for path in (half, whole)
+    """The rows of the file's table, as onnxruntime reads them, against the checkpoint's."""
+    table = load_checkpoint(checkpoint_path).model["transformer.wpe.weight"].numpy()  # (288, 32)
+    model = onnx.load(int8_path)
+    (node,) = (
+        node for node in model.graph.node if node.input[0] == "transformer.wpe.weight.blocks"
     )
-    assert 0 < np.abs(found - expected).max() < 0.01 * np.abs(expected).max()
-
-
-def test_a_row_of_zeros_gives_zeros_where_rows_are_scaled() -> None:
-    """Its scale is 0: the codes are those of 0 / 0, whatever the kernel makes of that."""
-    graph = ir.Graph([], [], nodes=[], opset_imports={"": 18, "com.microsoft": 1})
-    x = ir.Value(name="x", shape=ir.Shape((3, 32)), type=ir.TensorType(ir.DataType.FLOAT))
-    weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
-    w = quantize.initializer(graph, "w", weight.T.numpy())
-    node = ir.node("MatMul", [x, w])
-    y = node.outputs[0]
-    y.name, y.shape, y.type = "y", ir.Shape((3, 16)), ir.TensorType(ir.DataType.FLOAT)
-    graph.inputs.append(x)
-    graph.outputs.append(y)
-    graph.append(node)
-    quantize._replace_by_rows(graph, node, weight, None, after_gelu=False)
-    del graph.initializers["w"]
-    data = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
-    session = ort.InferenceSession(data, providers=["CPUExecutionProvider"])
-    rows = np.random.default_rng(0).normal(size=(3, 32)).astype(np.float32)
-    rows[1] = 0
-    (found,) = session.run(None, {"x": rows})
-    assert (found[1] == 0).all()
-    np.testing.assert_allclose(found, rows @ weight.T.numpy(), rtol=0, atol=0.2)
+    assert node.op_type == "GatherBlockQuantized"
+    inputs = [onnx.helper.make_tensor_value_info("position_ids", onnx.TensorProto.INT64, ["n"])]
+    outputs = [onnx.helper.make_tensor_value_info("rows", onnx.TensorProto.FLOAT, ["n", 32])]
+    node.output[0] = "rows"
+    weights = [tensor for tensor in model.graph.initializer if tensor.name in node.input]
+    graph = onnx.helper.make_graph([node], "positions", inputs, outputs, weights)
+    alone = onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=8)
+    session = ort.InferenceSession(alone.SerializeToString(), providers=["CPUExecutionProvider"])
+    (rows,) = session.run(None, {"position_ids": np.arange(288)})
+    step = np.abs(table).max(axis=1, keepdims=True) / 128
+    error = np.abs(rows - table) / step
+    assert error.max() < 1.01  # of a number as large as the largest, with the other sign
+    assert np.mean(error < 0.51) > 0.99
+    assert error.max() > 0.4
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -203,9 +178,7 @@ def test_the_plan_follows_the_shape_alone() -> None:
     deep = choose_plan(GPTConfig(), 4).forms
     assert deep["transformer.h.0.mlp.c_proj"] == "int4"
     assert deep["transformer.h.0.mlp.c_fc"] == "int8"
-    halved = [choose_plan(shape, 8).half_positions for shape in (short, wide, GPTConfig(64))]
-    assert halved == [True, True, False]
-    assert (choose_plan(narrow, 4).int4_block, choose_plan(wide, 4).int4_block) == (32, 128)
+    assert (choose_plan(narrow, 4).int4_block, choose_plan(wide, 4).int4_block) == (64, 128)
     assert choose_plan(wide, 4).forms["transformer.h.0.mlp.c_proj"] == "int8"
     with pytest.raises(ValueError, match="bits is 2"):
         choose_plan(wide, 2)

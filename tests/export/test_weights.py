@@ -66,11 +66,9 @@ def test_every_form_gives_the_logits_of_a_session_by_path(
     export(checkpoint_path, path, **FORMS[form])
     session, logits = logits_of(path)
     assert session._weights is not None
-    assert "transformer.wpe.weight" in session._weights.shared
+    positions = "transformer.wpe.weight"
+    assert {positions, f"{positions}.blocks"} & session._weights.shared.keys()
     np.testing.assert_array_equal(logits, by_path(path, monkeypatch))
-    monkeypatch.setattr(session_module, "may_saturate", lambda: True)  # other kernels, other types
-    _, safe = logits_of(path)
-    np.testing.assert_array_equal(safe, by_path(path, monkeypatch))
 
 
 def test_a_real_file_leaves_no_map_and_may_be_overwritten(
@@ -85,7 +83,7 @@ def test_a_real_file_leaves_no_map_and_may_be_overwritten(
     assert [tensor.contents % ALIGNMENT for tensor in large] == [0] * len(large)
     weights = Weights.of(model_file)
     assert weights is not None
-    assert len(weights.model) < model_file.size / 4
+    assert len(weights.graphs["few"].model) < model_file.size / 4
     session, logits = logits_of(path)
     if sys.platform == "linux":
         assert str(path) not in Path("/proc/self/maps").read_text()
