@@ -121,7 +121,7 @@ class Session:
         self._loaded: dict[int, Any] = {}  # by threads
         self._for_prompts: Any = None
         self._fixed_threads = most
-        self._lazy = lazy
+        self._lazy, self._loading_s = lazy, 0.0
         # Calls of more tokens are for another form of the weights; None if there is none, or if its
         # products would saturate: those of the other form do not.
         self.few_tokens = None
@@ -176,9 +176,15 @@ class Session:
         return self._for_prompts
 
     def _load(self, branch: str, threads: int) -> Any:
+        started = clock()
         loaded = _load(self.path, self.provider, threads, self._weights, branch)
         check_unchanged(self._model_file)
+        self._loading_s += clock() - started
         return loaded
+
+    def clock(self) -> float:
+        """Seconds that pass while nothing is loaded."""
+        return clock() - self._loading_s
 
     def _step_s(self, threads: int) -> float:
         """Seconds of a step with so many threads, the median of a few."""

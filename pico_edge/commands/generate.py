@@ -162,7 +162,9 @@ def generate(
     with Signals() as signals:
         from pico_edge.runtime import Model
 
-        loaded = Model(model, provider=provider, threads=threads, allow_foreign=allow_foreign)
+        loaded = Model(
+            model, provider=provider, threads=threads, allow_foreign=allow_foreign, lazy=True
+        )
         if not quiet:
             for notice in loaded.session.notices:
                 say(f"note: {notice}")
