@@ -266,7 +266,8 @@ class Speculation:
         drafted = self._drafter.draft(limit, self._slope * rate) if limit > 0 else []
         if not drafted:
             logits = self._step(token_ids)
-            self._cost += (self._clock() - started) / self._step_s if self._measures else 1.0 + DRAFTING
+            spent_s = self._clock() - started if self._measures else 0.0
+            self._cost += spent_s / self._step_s if self._measures else 1.0 + DRAFTING
             return logits
         self._logits = self.cache.verify([token_id, *drafted])
         self._sent = drafted
