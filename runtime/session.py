@@ -54,7 +54,7 @@ EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 # Bytes of a file so small that fewer threads may be faster; it loads twice in 20 ms.
 TIMED_AT_LOAD = 4 << 20
 TIMED_STEPS = 16
-SPIN_US = "1000"
+SPIN_US = "2000"  # far more than passes between two steps
 # Of u8 and s8, which kernels for x86 without VNNI add in 16 bits.
 SATURATING = frozenset({"com.microsoft.QGemm", "com.microsoft.MatMulIntegerToFloat"})
 LOAD_S_PER_BYTE = 1.2e-9  # what another number of threads costs: 0.16 s of 127 MB, 0.03 s of 13 MB
@@ -306,8 +306,9 @@ def _load(
     options.log_severity_level = 4  # nothing but crashes: errors come as exceptions
     # Measured: without spinning, two threads are slower than one.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
-    spin = os.environ.get("SPIN", SPIN_US)
-    options.add_session_config_entry("session.intra_op.spin_duration_us", spin)
+    if weights is not None and len(weights.graphs) > 1:
+        # Threads of the one session would spin for 0.1 s on the cores of the other: twice the time.
+        options.add_session_config_entry("session.intra_op.spin_duration_us", SPIN_US)
     if provider in ("cuda", "webgpu"):
         # An operator without a kernel there would silently run on the CPU, with copies each step.
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
