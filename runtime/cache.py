@@ -77,7 +77,7 @@ class Cache:
         self.session = session
         self._pace = session.pace if ort_session is None else None
         self._threads = session.threads
-        self._ort = ort_session  # of steps, once one was made
+        self._ort = ort_session or session.with_threads(self._threads)
         self._few_tokens = capacity if session.few_tokens is None else session.few_tokens
         self.batch = batch
         self.capacity = capacity
@@ -388,23 +388,19 @@ class Cache:
         _bind_inputs(binding, inputs)
         output = ort.OrtValue.ortvalue_from_numpy(logits)
         binding.bind_ortvalue_output(artefact.LOGITS, output)
-        self._call(self._ort if branch == FEW else self.session.for_prompts(), binding)
+        self._call(self._session_of(branch), binding)
         if self.session.device != "cpu":
             binding.synchronize_outputs()
+
+    def _session_of(self, branch: str) -> Any:
+        return self._ort if branch == FEW else self.session.for_prompts
 
     def _binding(self, branch: str, row: int | None) -> Any:
         """The binding with the memory of one row as a cache of batch 1, or of all rows; kept, since
         making one takes 50 us."""
         key = branch, None if self.batch == 1 else row
         if key not in self._bindings:
-            if branch == MANY:
-                made_of = self.session.for_prompts()
-            elif self._ort is None:
-                self._bindings.clear()  # or a lazy session could not give up its form for prompts
-                made_of = self._ort = self.session.with_threads(self._threads)
-            else:
-                made_of = self._ort
-            self._bindings[key] = self._bind_caches(made_of.io_binding(), key[1])
+            self._bindings[key] = self._bind_caches(self._session_of(branch).io_binding(), key[1])
         return self._bindings[key]
 
     def _bind_caches(self, binding: Any, row: int | None) -> Any:
@@ -443,7 +439,6 @@ class _Verification:
             self.ids, self.positions, self.seqlens, self.total, np.arange(n, dtype=np.int64)
         )
         self._output = ort.OrtValue.ortvalue_from_numpy(self.logits)
-        cache._binding(FEW, None)  # a lazy session is loaded now
         self.binding = cache._bind_caches(cache._ort.io_binding(), None)
         _bind_inputs(self.binding, self._inputs)
         self.binding.bind_ortvalue_output(artefact.LOGITS, self._output)

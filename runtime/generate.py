@@ -16,6 +16,7 @@ import secrets
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
+from time import perf_counter as clock
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 from pico_edge import artefact
@@ -50,7 +51,7 @@ class Generation:
     prompt_tokens: tokens of the prompt, 1 for an empty one. finish_reason: "length" max_new_tokens
     are made, "stop" a stop text came, "context" the context is full and context_overflow is "stop",
     "eos" the model ended the text, "cancelled" the caller did. time_to_first_token_s: seconds of
-    wall clock from the tokenized prompt to the first token, but for loading weights. The rates are
+    wall clock from the tokenized prompt to the first token. The rates are
     those of this text alone, over the tokens of the prompt and over those after the first, without
     the time the reader of a stream takes; 0.0 where nothing was measured. logprobs: one per token
     of token_ids, None unless asked for. drafted_tokens: guesses of `speculate` that the model
@@ -128,7 +129,7 @@ class Model:
     May be used again after an error, and by several threads: every call has a cache of its own.
     reuse_prefix: keep the cache of the last generation of a single prompt; a prompt that begins as
     that text did only computes the rest. The text is the same but for rounding: where two tokens
-    are almost equally likely it may depend on what was generated before. lazy: see Session.
+    are almost equally likely it may depend on what was generated before. lean: see Session.
     """
 
     def __init__(
@@ -139,10 +140,10 @@ class Model:
         allow_foreign: bool = False,
         *,
         reuse_prefix: bool = False,
-        lazy: bool = False,
+        lean: bool = False,
     ) -> None:
         self.session = Session(
-            path, provider=provider, threads=threads, allow_foreign=allow_foreign, lazy=lazy
+            path, provider=provider, threads=threads, allow_foreign=allow_foreign, lean=lean
         )
         self.config: GPTConfig = self.session.config
         self.tokenizer: Tokenizer = self.session.tokenizer
@@ -383,7 +384,6 @@ def _run(
     (`tokens_kept`), or the text ends: `context_overflow`. What is before the window is not seen any
     more. Each row does what it would do alone; a row whose text has ended leaves the batch.
     """
-    clock = session.clock
     started = clock()
     paused = 0.0  # while the caller has the piece
     window = session.config.block_size

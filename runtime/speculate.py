@@ -20,6 +20,7 @@ Try: `Model("model.onnx").generate("To be", speculate="on").accepted_tokens`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from time import perf_counter as clock
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -225,7 +226,7 @@ class Speculation:
         self.drafted = self.accepted = 0
         self._drafter = drafter
         self._slope = slope
-        self._measures, self._clock = measures, cache.session.clock
+        self._measures = measures
         self._step_s = 0.0  # a running mean of plain steps
         self._sent: list[int] = []
         self._logits: FloatArray = np.zeros((0, 0), np.float32)  # after each of them
@@ -260,20 +261,19 @@ class Speculation:
         self._sent, self._at = [], 0
         if self._tokens >= WINDOW and not self._pays():
             return self._step(token_ids)
-        started = self._clock() if self._measures else 0.0
+        started = clock() if self._measures else 0.0
         limit = min(MAX_DRAFT, self.cache.capacity - before - 1)
         rate = max(1.0, self._tokens / self._cost) if self._tokens >= WINDOW // 4 else 1.0
         drafted = self._drafter.draft(limit, self._slope * rate) if limit > 0 else []
         if not drafted:
             logits = self._step(token_ids)
-            spent_s = self._clock() - started if self._measures else 0.0
-            self._cost += spent_s / self._step_s if self._measures else 1.0 + DRAFTING
+            self._cost += (clock() - started) / self._step_s if self._measures else 1.0 + DRAFTING
             return logits
         self._logits = self.cache.verify([token_id, *drafted])
         self._sent = drafted
         self.drafted += len(drafted)
         if self._measures and self._step_s:
-            cost = min((self._clock() - started) / self._step_s, 8.0)
+            cost = min((clock() - started) / self._step_s, 8.0)
             self._cost += cost
             self._slope += 0.1 * (max(cost - 1.0, 0.0) / len(drafted) - self._slope)
         else:
@@ -283,9 +283,9 @@ class Speculation:
     def _step(self, token_ids: Ids) -> FloatArray:
         if not self._measures:
             return self.cache.decode(token_ids)
-        started = self._clock()
+        started = clock()
         logits = self.cache.decode(token_ids)
-        elapsed = self._clock() - started
+        elapsed = clock() - started
         if self._step_s:
             elapsed = min(elapsed, 3 * self._step_s)
             self._step_s += 0.1 * (elapsed - self._step_s)

@@ -82,11 +82,13 @@ class Graph(NamedTuple):
 
     signed: name -> the codes of 8 bits that it is made of, whose first bit is turned round, and its
     shape: what the graph would do at every load, in a third of the time and without copies.
+    whole: of all that the file does.
     """
 
     model: bytes
     shared: list[str]
     signed: dict[str, tuple[Tensor, tuple[int, ...]]]
+    whole: bool
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,10 @@ class Weights:
     shared: dict[str, npt.NDArray[Any]]
 
     @staticmethod
-    def of(model_file: ModelFile) -> Weights | None:
+    def of(model_file: ModelFile, *, lean: bool = False) -> Weights | None:
         """The weights of a checked file; None where a path does as well, or must do.
+
+        lean: of a file with two branches only FEW.
 
         That is a file of one branch without large tensors, or with one that nothing can point to,
         and one that has changed since. Nothing points to tensors that are not aligned to their
@@ -128,12 +132,12 @@ class Weights:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 name = path.name if points else None
                 source = _Source(Reader(model_file.path, data), model_file, large, name)
-                graphs = _graphs(source)
+                graphs = _graphs(source, lean)
                 shared = {name for graph in graphs.values() for name in graph.shared}
                 if not all(_can_point_to(tensor, tensor.name not in shared) for tensor in large):
                     large = []
-                    graphs = _graphs(source._replace(large=large, file_name=None))
-            if not large and graphs.keys() == {FEW}:
+                    graphs = _graphs(source._replace(large=large, file_name=None), lean)
+            if not large and all(graph.whole for graph in graphs.values()):
                 return None
             arrays = {t.name: _read(file, t) for t in large if t.name in shared}
         folder = str(path.parent) if points else None
@@ -198,7 +202,7 @@ class _Source(NamedTuple):
     file_name: str | None
 
 
-def _graphs(source: _Source) -> dict[str, Graph]:
+def _graphs(source: _Source, lean: bool) -> dict[str, Graph]:
     """By branch; FEW alone for a graph that is not just the choice that the metadata speaks of."""
     reader, span = source.reader, source.model_file.graph_span
     nodes = _nodes(reader, span)
@@ -216,8 +220,9 @@ def _graphs(source: _Source) -> dict[str, Graph]:
         fields = {number for number, _, _ in reader.fields(GRAPH, *inside)}
         if len(outputs) != len(choice.outputs) or GRAPH_INITIALIZER in fields or not outputs:
             return {FEW: _graph(source, nodes, None)}
-        names = dict(zip(outputs, choice.outputs, strict=True))
-        graphs[branch] = _graph(source, _nodes(reader, inside), names)
+        if branch == FEW or not lean:
+            names = dict(zip(outputs, choice.outputs, strict=True))
+            graphs[branch] = _graph(source, _nodes(reader, inside), names)
     return graphs
 
 
@@ -254,7 +259,8 @@ def _graph(source: _Source, nodes: list[_Node], names: dict[str, str] | None) ->
             model += _field(number, graph)
         elif number != MODEL_METADATA:
             model += _copied(reader, number, start, stop)
-    return Graph(bytes(model), shared, {} if source.file_name is None else signed)
+    given = {} if source.file_name is None else signed
+    return Graph(bytes(model), shared, given, whole=names is None)
 
 
 def _nodes(reader: Reader, graph_span: tuple[int, int]) -> list[_Node]:

@@ -163,7 +163,7 @@ def generate(
         from pico_edge.runtime import Model
 
         loaded = Model(
-            model, provider=provider, threads=threads, allow_foreign=allow_foreign, lazy=True
+            model, provider=provider, threads=threads, allow_foreign=allow_foreign, lean=True
         )
         if not quiet:
             for notice in loaded.session.notices:

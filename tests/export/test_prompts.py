@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -182,10 +181,8 @@ def by_every_way(session: Session, rows: list[list[int]]) -> npt.NDArray[Any]:
     return np.concatenate(parts)
 
 
-@pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("utf8", [True, False])
 def test_branches_loaded_apart_give_the_logits_of_the_whole_file(
-    lazy: bool,
     utf8: bool,
     split_path: Path,
     rows: list[list[int]],
@@ -193,13 +190,13 @@ def test_branches_loaded_apart_give_the_logits_of_the_whole_file(
 ) -> None:
     """Whether or not onnxruntime can be told where the file is."""
     split_path = split_path.rename(split_path.parent / ("m.onnx" if utf8 else "caf\udce9.onnx"))
-    session = Session(split_path, threads=1, lazy=lazy)
+    session = Session(split_path, threads=1)
     assert session._weights is not None
     assert (session._weights.folder is None) == (not utf8 or os.name != "posix")
     assert session.few_tokens == FEW_TOKENS
     found = by_every_way(session, rows)
     with monkeypatch.context() as patch:
-        patch.setattr(session_module.Weights, "of", lambda model_file: None)
+        patch.setattr(session_module.Weights, "of", lambda *_, **__: None)
         whole = Session(split_path, threads=1)
     assert whole.few_tokens is None
     np.testing.assert_array_equal(found, by_every_way(whole, rows))
@@ -237,27 +234,32 @@ def test_each_branch_has_its_own_form_and_shares_the_table(split_path: Path) -> 
     assert codes not in weights.shared
 
 
-def test_a_lazy_session_has_one_form_at_a_time_until_it_needs_both(split_path: Path) -> None:
-    session = Session(split_path, threads=1, lazy=True)
-    assert (session._for_prompts, session._loaded) == (None, {})
-    cache = session.new_cache()
-    cache.prefill([[1] * 40])
-    prompts_form = weakref.ref(session._for_prompts)
-    assert session._loaded == {}
-    cache.decode([1])
-    assert session._for_prompts is None and prompts_form() is None and len(session._loaded) == 1
-    cache.reset()
-    cache.prefill([[1] * 40])  # as at a full context: from here on both are kept
-    cache.decode([1])
-    assert session._for_prompts is not None and len(session._loaded) == 1
+def test_a_lean_session_has_the_form_of_steps_for_all_calls(
+    split_path: Path, wide: Session, rows: list[list[int]]
+) -> None:
+    lean = Session(split_path, threads=1, lean=True)
+    assert lean.few_tokens is None
+    assert lean._weights is not None and list(lean._weights.graphs) == ["few"]
+    both = Session(split_path, threads=1)
+    many, few = (session.new_cache().append(0, rows[0]) for session in (both, lean))
+    assert 0 < np.abs(many - few).max() < 0.03
+    cache = lean.new_cache()
+    pieces = [cache.append(0, rows[0][at : at + 20]) for at in range(0, 200, 20)]
+    np.testing.assert_allclose(pieces[-1], few, rtol=0, atol=0.03)
+    for session in (both, lean):  # steps, and calls of few tokens, are the same to the bit
+        cache = session.new_cache()
+        found = [cache.append(0, [65] * 7).copy(), cache.decode([66]).copy()]
+        if session is both:
+            expected = found
+    np.testing.assert_array_equal(found, expected)
 
 
-def test_a_lazy_session_notices_that_the_file_has_changed(split_path: Path) -> None:
-    session = Session(split_path, threads=1, lazy=True)
-    session.new_cache().prefill([[1] * 5])
+def test_a_file_that_has_changed_before_it_is_loaded_is_refused(split_path: Path) -> None:
+    weights = Weights.of(read_model_file(split_path))
+    assert weights is not None
     split_path.write_bytes(split_path.read_bytes() + b"\x42\x00")
     with pytest.raises(PicoEdgeError, match="changed"):
-        session.new_cache().prefill([[1] * 40])
+        weights.arrays("many")
 
 
 @pytest.mark.parametrize("damage", ["sign", "cast", "choice", "initializer"])
@@ -283,7 +285,7 @@ def test_a_graph_of_another_make_is_left_to_onnxruntime(
     session = Session(split_path, threads=1)
     assert (session.few_tokens is None) == (damage in ("choice", "initializer"))
     found = by_every_way(session, rows)
-    monkeypatch.setattr(session_module.Weights, "of", lambda model_file: None)
+    monkeypatch.setattr(session_module.Weights, "of", lambda *_, **__: None)
     whole = Session(split_path, threads=1)
     np.testing.assert_array_equal(found, by_every_way(whole, rows))
 

@@ -48,7 +48,7 @@ def logits_of(path: Path) -> tuple[Session, np.ndarray]:
 
 def by_path(path: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     with monkeypatch.context() as patch:
-        patch.setattr(session_module.Weights, "of", lambda model_file: None)
+        patch.setattr(session_module.Weights, "of", lambda *_, **__: None)
         session, logits = logits_of(path)
         assert session._weights is None
     return logits
