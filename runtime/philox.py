@@ -1,8 +1,8 @@
 """Philox4x64-10: the random numbers of sampling, a pure function that any language can repeat.
 
 A draw depends on the seed, the position of the token and the number of the sample, and on nothing
-that was drawn before. In plain integers: a draw takes 5 us, once per token; numpy.random would cost
-every start 20 ms and 7 MB.
+that was drawn before; one that takes several numbers counts them. In plain integers: a number takes
+5 us, once per token; numpy.random would cost every start 20 ms and 7 MB.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC11), Random123.
 Try: `uniform(seed=1, position=5)`.
@@ -75,9 +75,10 @@ def _round_key_lanes(seed: int, n: int) -> list[tuple[int, int]]:
     return [(ones * k0, ones * k1) for k0, k1 in _round_keys((seed, 0))]
 
 
-def uniform(seed: int, position: int, sample: int = 0) -> float:
+def uniform(seed: int, position: int, sample: int = 0, again: int = 0) -> float:
     """A number of [0, 1) for the token at a position of the text of a sample.
 
-    Key (seed, 0), counter (position, sample, 0, 0); top 53 bits of the first word, times 2**-53.
+    Key (seed, 0), counter (position, sample, again, 0); top 53 bits of the first word, times
+    2**-53. again: 0 for the first number of a draw; the few that take more go on with 1, 2, ...
     """
-    return (philox4x64((position, sample, 0, 0), (seed, 0))[0] >> 11) * 2.0**-53
+    return (philox4x64((position, sample, again, 0), (seed, 0))[0] >> 11) * 2.0**-53

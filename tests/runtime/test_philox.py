@@ -43,11 +43,17 @@ def test_words_are_those_of_numpy_one_block_earlier(counter, key):
     assert philox4x64(counter, key) == tuple(int(word) for word in numpys.random_raw(4))
 
 
-@given(seed=st.integers(0, 2**63 - 1), position=st.integers(1, 2**40), row=st.integers(0, 2**20))
-def test_a_uniform_is_the_top_53_bits_of_the_first_word(seed, position, row):
-    numpys = np.random.Philox(key=seed, counter=[position - 1, row, 0, 0])
-    assert uniform(seed, position, row) == (int(numpys.random_raw()) >> 11) / 2**53
-    assert 0 <= uniform(seed, position, row) < 1
+@given(
+    seed=st.integers(0, 2**63 - 1),
+    position=st.integers(1, 2**40),
+    row=st.integers(0, 2**20),
+    again=st.integers(0, 2**20),
+)
+def test_a_uniform_is_the_top_53_bits_of_the_first_word(seed, position, row, again):
+    numpys = np.random.Philox(key=seed, counter=[position - 1, row, again, 0])
+    assert uniform(seed, position, row, again) == (int(numpys.random_raw()) >> 11) / 2**53
+    assert 0 <= uniform(seed, position, row, again) < 1
+    assert uniform(seed, position, row) == uniform(seed, position, row, 0)
 
 
 def test_draws_are_uniform_along_positions_samples_and_seeds():
@@ -55,5 +61,6 @@ def test_draws_are_uniform_along_positions_samples_and_seeds():
         [uniform(7, position) for position in range(4000)],
         [uniform(7, 12, row) for row in range(4000)],
         [uniform(seed, 12) for seed in range(4000)],
+        [uniform(7, 12, 0, again) for again in range(4000)],
     ):
         assert stats.kstest(draws, "uniform").pvalue > 1e-4
