@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from pico_edge.errors import PicoEdgeError, UsageError
-from pico_edge.runtime.mass import Logits
 from pico_edge.runtime.sampling import (
     MAX_LOGIT,
+    Logits,
     Sampling,
     check_finite,
     check_number,

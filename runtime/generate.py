@@ -25,11 +25,10 @@ from pico_edge.config import GPTConfig
 from pico_edge.errors import ArtefactError, UsageError
 from pico_edge.runtime.adjust import Adjuster, Token, adjusts, resolve_banned, resolve_bias
 from pico_edge.runtime.cache import Cache
-from pico_edge.runtime.mass import Logits
-from pico_edge.runtime.philox import uniforms
+from pico_edge.runtime.philox import uniform, uniforms
 from pico_edge.runtime.portable import PortableCache
 from pico_edge.runtime.prefix import KeptCache
-from pico_edge.runtime.sampling import ContextOverflow, Sampler, Sampling, check_seed
+from pico_edge.runtime.sampling import ContextOverflow, Logits, Sampler, Sampling, check_seed
 from pico_edge.runtime.score import TokenLogprob, TokenScore, score_ids, token_logprob
 from pico_edge.runtime.session import Session
 from pico_edge.runtime.speculate import SPECULATE, Speculate, Speculation, speculate_with
@@ -550,7 +549,7 @@ class _Text:
             ahead = uniforms(self._seed, len(self.ids), self._number, n=UNIFORMS_AHEAD)
             self._uniforms = ahead[::-1]
         u = self._uniforms.pop()
-        token_id = self._sampler.draw(logits, u)
+        token_id = self._sampler.draw(logits, u, self._again)
         if token_id == self._eot_id:
             self.finish_reason, self.ended_itself = "eos", True
             return self._ready("")
@@ -568,6 +567,10 @@ class _Text:
             return self._ready(piece)
         self._pieces.append(piece)
         return piece
+
+    def _again(self, n: int) -> float:
+        """The n-th further number for the token that is being drawn."""
+        return uniform(self._seed, len(self.ids), self._number, n)
 
     def end(self, reason: FinishReason) -> str:
         """End here; the text that was held back until now."""

@@ -1,4 +1,4 @@
-"""Logits -> the next token: adjustments, temperature, filters, and one uniform number.
+"""Logits -> the next token: adjustments, temperature, filters, and uniform numbers.
 
 Pure functions of numpy arrays; knows nothing of models, text or random generators. V is the number
 of tokens that may be drawn. The order is fixed, so that any language can repeat a draw:
@@ -13,8 +13,15 @@ of tokens that may be drawn. The order is fixed, so that any language can repeat
 7. min-p: of these, the ones at least min_p times as likely as the most likely token;
 8. typical-p: as few of these as together hold at least typical_p of what is left, those first whose
    -ln(probability) is nearest to its mean, the entropy; more likely ones first among equals;
-9. the inverse of the cumulative distribution of what is left, by descending probability, lower
-   ids first among equals, in float64: the first token where the sum exceeds u times the total.
+9. the inverse of the cumulative distribution of what is left, in float64: the first token where
+   the sum of probabilities exceeds u times their total.
+
+With top-k, step 9 adds up by descending probability, lower ids first among equals. Without top-k it
+adds up in order of id, so that nothing has to be sorted, and the last filter by mass, typical-p or
+else top-p, comes after all others and only looks at the token found. That stays if those before it
+in the order of this filter hold less than its share: typical_p of what the other filters leave, or
+top_p of all. If not, the next uniform number draws from those before it alone, and so on: so each
+token of step 8 has its probability.
 
 Steps 1 to 3 depend on the text so far: `pico_edge.runtime.adjust` applies them to a copy of the
 logits. Each is computed in float64 and rounded to float32. A `Sampler` does the rest.
@@ -27,16 +34,20 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from pico_edge.artefact import SAMPLING_DEFAULTS
 from pico_edge.errors import PicoEdgeError, UsageError
-from pico_edge.runtime.mass import LEFT, RIGHT, Logits, Mass, Place, Side, Weights, weigh
 
+Logits = npt.NDArray[np.floating[Any]]
+Weights = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+Again = Callable[[int], float]  # 1, 2, ... -> the further uniform numbers of a draw
 ContextOverflow = Literal["slide", "stop"]
 FLOAT32, FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 INFINITY = math.inf
@@ -47,10 +58,16 @@ MAX_SEED = (1 << 63) - 1
 MAX_LOGIT = 1e30
 # Below it logits would overflow; long before, only the largest have any chance.
 MIN_TEMPERATURE = 1e-200
-HEAD = 256  # tokens of a block; without top-k so many are tried by themselves first
-HEAD_AGAIN = 8  # draws after which they are, if others were needed
-FEW = 4096  # where sorting all of them is cheaper
-MIN_HEAD_TEMPERATURE = 1e-3  # below it float32 exponents could overflow
+# Temperatures whose inverse float32 can hold.
+FLOAT32_TEMPERATURES = 1e-30, 1e30
+HALF_UNIT = 2.0**-24  # of the last place in float32, in proportion
+# A bound of what is wrong with the comparison of two sums of float32 weights, or with their mean
+# exponent, in proportion. An exponent has 3 roundings, is not below -104 where there is a weight,
+# and exp is off by two units at most; numpy's sums have 40 roundings: 2 * (3 * 104 + 6 + 40) half
+# units.
+FLOAT32_ERROR = 1e-4
+# Adding one number after the other takes 3 ns each, sums of blocks a tenth of that.
+BLOCK = 256
 # Candidates looked at for each token wanted: enough that the guess still holds for the next logits.
 # Of a trained 6 x 384 model's draws the guess failed 33 % with 2, 20 % with 3, 1 % with 4; of one
 # with random weights none with 2, which is 2 us cheaper. So `draw` begins with half of SPARE.
@@ -125,6 +142,14 @@ def check_seed(seed: object) -> None:
         raise UsageError(f"seed is {seed}: expected 0 to {MAX_SEED}")
 
 
+def no_more(n: int) -> float:
+    """For a caller with one number only."""
+    raise UsageError(
+        "a draw with top_p or typical_p and without top_k may take several uniform numbers: "
+        "expected `again`, a function that gives them"
+    )
+
+
 class Sampler:
     """Draws the tokens of one text by `sample`.
 
@@ -146,20 +171,16 @@ class Sampler:
             and sampling.min_p == 0
             and sampling.typical_p == 1
         )
-        self._in_head = True  # the last draw was of the HEAD likeliest
-        self._draws = 0
-        self._negative: Logits = np.empty(0, np.float32)  # memory of `_sample_all`
-        self._weights: Weights = np.empty(0)
-        self._scratch: Weights = np.empty(0)
+        self._unsorted: _Unsorted | None = None
 
-    def draw(self, logits: Logits, u: float) -> int:
+    def draw(self, logits: Logits, u: float, again: Again = no_more) -> int:
         """`sample`, the usual case (top-k alone and a guess that holds) in one piece.
 
         Between two steps of a model the caches are cold: each function entered and each numpy
         function touched costs 1 to 5 us, more than what they compute.
         """
         if not self._usual or logits.dtype is not FLOAT32:
-            return self.sample(logits, u)
+            return self.sample(logits, u, again)
         above = self._above
         if above.size != logits.size:
             above = self._above = np.empty(logits.size, np.bool_)
@@ -171,13 +192,13 @@ class Sampler:
         if not k < size <= TOO_MANY * k:
             if size <= k and self._guess < INFINITY:
                 self._wanted = SPARE * k
-            return self.sample(logits, u)
+            return self.sample(logits, u, again)
         pool.sort()
         values = pool[: -k - 1 : -1]  # (k,), descending
         weights = values.astype(FLOAT64)
         highest = weights.item(0)
         if not highest < INFINITY:
-            return self.sample(logits, u)  # which says what is wrong
+            return self.sample(logits, u, again)  # which says what is wrong
         if size > self._wanted:
             guess[()] = pool[-self._wanted]
         else:
@@ -187,17 +208,18 @@ class Sampler:
         weights /= self._temperature
         exp(weights, weights)
         accumulate(weights, 0, None, weights)
-        n = int(weights.searchsorted(u * weights.item(-1), RIGHT))
+        n = int(weights.searchsorted(u * weights.item(-1), "right"))
         equal = logits == values[n]
         if n and values[n - 1] == values[n]:
             return nth_most_likely(logits, values, n)
         return int(equal.argmax())
 
-    def sample(self, logits: Logits, u: float) -> int:
-        """The token that a uniform number u of [0, 1) chooses; the module says by which steps.
+    def sample(self, logits: Logits, u: float, again: Again = no_more) -> int:
+        """The token that uniform numbers of [0, 1) choose; the module says by which steps.
 
-        logits: (V,), -inf for a token that must not be drawn. Penalties are left to `penalize`.
-        Raises PicoEdgeError for logits that are NaN or +inf, or all of them -inf.
+        logits: (V,), -inf for a token that must not be drawn. Penalties are left to `penalize`. u:
+        the first number; again: asked for the n-th further one by top-p and typical-p without
+        top-k. Raises PicoEdgeError for logits that are NaN or +inf, or all of them -inf.
         """
         sampling = self.sampling
         if sampling.temperature == 0 or sampling.top_k == 1:
@@ -206,67 +228,180 @@ class Sampler:
             return best
         if logits.dtype == np.float16:
             logits = logits.astype(np.float32)  # numpy has no fast half-precision
-        V = logits.size
-        k = sampling.top_k if 0 < sampling.top_k < V else V
-        if k < V:
-            values = self._largest(logits, k)
-            weights = _weights(values, sampling.temperature)
-            return nth_most_likely(logits, values, _choose(weights, u, sampling))
-        return self._sample_all(logits, u)
-
-    def _sample_all(self, logits: Logits, u: float) -> int:
-        """`sample` without top-k. How many tokens it looks at never changes the one it takes."""
-        V, sampling = logits.size, self.sampling
-        # Memory of our own: the system takes longer to hand out 600 kB than numpy to fill them.
-        if self._negative.size != V or self._negative.dtype != logits.dtype:
-            self._negative, self._weights, self._scratch = (
-                np.empty_like(logits),
-                np.empty(V),
-                np.empty(V),
-            )
-        if V > FEW and sampling.typical_p == 1 and sampling.temperature >= MIN_HEAD_TEMPERATURE:
-            place = self._place(logits, u)
-            if place is not None:
-                return _nth_equal(logits, place.logit, place.before)
-        negative = np.negative(logits, self._negative)
-        negative.sort()  # a NaN comes last
-        check_finite(-float(negative[-1] if np.isnan(negative[-1]) else negative[0]))
-        weights = np.subtract(negative[0], negative, self._weights, dtype=np.float64)
-        weights /= max(sampling.temperature, MIN_TEMPERATURE)
-        chosen = _choose(exp(weights, weights), u, sampling)
-        value = negative[chosen]
-        before = chosen - int(negative.searchsorted(value))
-        return _nth_equal(logits, -value, before)
-
-    def _place(self, logits: Logits, u: float) -> Place | None:
-        """Where the token is that u chooses; None where only a sort of all of them can tell."""
-        sampling = self.sampling
-        self._draws += 1
-        values = None
-        if self._in_head or self._draws % HEAD_AGAIN == 0:
-            values = self._largest(logits, HEAD)
-        for dtype in (FLOAT32, FLOAT64):
-            memory, scratch = (
-                array.view(dtype)[: logits.size] for array in (self._weights, self._scratch)
-            )
-            mass = Mass(logits, sampling.temperature, dtype, memory, scratch)
-            check_finite(float(mass.highest))
-            place = None if values is None else _place_in_head(values, mass, u, sampling)
-            if values is not None:
-                self._in_head = place is not None
-            place = place or _place(mass, u, sampling)
-            if place is not None:
-                return place
-        return None
-
-    def _largest(self, logits: Logits, k: int) -> Logits:
+        if sampling.top_k == 0:
+            if self._unsorted is None or self._unsorted.size != logits.size:
+                self._unsorted = _Unsorted(sampling, logits.size)
+            return self._unsorted.draw(logits, u, again)
+        k = min(sampling.top_k, logits.size)
         values, self._guess[()] = largest(logits, k, self._guess.item())
-        return values
+        weights = _weights(values, sampling.temperature)
+        return nth_most_likely(logits, values, _choose(weights, u, sampling))
 
 
-def sample(logits: Logits, u: float, sampling: Sampling) -> int:
+def sample(logits: Logits, u: float, sampling: Sampling, again: Again = no_more) -> int:
     """One draw by itself; see Sampler."""
-    return Sampler(sampling).sample(logits, u)
+    return Sampler(sampling).sample(logits, u, again)
+
+
+class _TooClose(Exception):
+    """What float32 weights say is so near a border that exact ones may say something else."""
+
+
+class _Unsorted:
+    """Draws from all V tokens, by id; `draw` is Sampler.sample.
+
+    In float32 first, which takes half of the time: its errors have bounds, and where these could
+    decide, float64 does. So a token is always the one that float64 chooses.
+    """
+
+    def __init__(self, sampling: Sampling, size: int) -> None:
+        self.size = size
+        self._sampling = sampling
+        self._temperature = max(sampling.temperature, MIN_TEMPERATURE)
+        low, high = FLOAT32_TEMPERATURES
+        self._in_float32 = low <= sampling.temperature <= high
+        # Memory of our own: the system takes longer to hand out 400 kB than numpy to fill them.
+        self._memory = np.empty(size), np.empty(size), np.empty(size)
+        self._chosen = np.empty(size, np.bool_)
+        self._blocks = np.arange(0, size, BLOCK)
+
+    def draw(self, logits: Logits, u: float, again: Again) -> int:
+        float32 = self._in_float32 and logits.dtype == FLOAT32
+        # What overflows becomes -inf, and a weight of 0.
+        with np.errstate(over="ignore", invalid="ignore"):
+            try:
+                return self._draw(logits, u, again, FLOAT32 if float32 else FLOAT64)
+            except _TooClose:
+                return self._draw(logits, u, again, FLOAT64)
+
+    def _draw(self, logits: Logits, u: float, again: Again, dtype: np.dtype[Any]) -> int:
+        sampling, chosen, float32 = self._sampling, self._chosen, dtype == FLOAT32
+        highest = logits.max()
+        check_finite(float(highest))
+        exponents, weights, products = (a.view(dtype)[: self.size] for a in self._memory)
+        np.subtract(logits, highest, exponents, dtype=dtype)
+        exponents *= 1 / self._temperature
+        exp(exponents, weights)
+        p, total = sampling.top_p, 0.0
+        mean: float | None = None
+        if sampling.typical_p < 1 and p < 1:
+            _mark_nucleus(logits, sampling, chosen)
+            weights *= chosen  # a third of the time of boolean indexing and the like
+        if sampling.min_p > 0:
+            if p < 1:
+                total = float(weights.sum())
+            np.greater_equal(logits, self._lowest(highest), chosen)
+            weights *= chosen
+        if sampling.typical_p < 1:
+            p, total = sampling.typical_p, float(weights.sum())
+            mean = _weighted_sum(weights, exponents, products) / total
+        n = 0
+        while True:
+            token_id, mass = self._find(weights, u)
+            if p == 1:
+                return token_id
+            total = total or mass  # of all tokens, also of those that min-p cut
+            if mean is None:
+                _mark_likelier(logits, token_id, chosen)
+            else:
+                _mark_more_typical(logits, exponents, mean, token_id, chosen)
+            weights *= chosen
+            missing = p * total - float(weights.sum())
+            if float32 and abs(missing) <= FLOAT32_ERROR * total:
+                raise _TooClose
+            if missing > 0:
+                return token_id
+            if float32 and mean is not None:
+                raise _TooClose  # it marked some more
+            n += 1
+            u = again(n)
+
+    def _find(self, weights: npt.NDArray[Any], u: float) -> tuple[int, float]:
+        """The first token where the sum of weights exceeds u times that of all, and this one."""
+        sums = accumulate(np.add.reduceat(weights, self._blocks, dtype=FLOAT64))
+        total = sums.item(-1)
+        # u * total < total for every u <= 1 - 2**-53, also in float64: there is such a block.
+        block = int(sums.searchsorted(u * total, "right"))
+        rest = u * total - (sums.item(block - 1) if block else 0.0)
+        first = block * BLOCK
+        inside = accumulate(weights[first : first + BLOCK], dtype=FLOAT64)
+        n = int(inside.searchsorted(rest, "right"))
+        # The two ways to add may differ in the last bit; a weight of 0 is never the answer.
+        n = min(n, int(inside.searchsorted(inside.item(-1))))
+        if weights.dtype == FLOAT32:
+            error = self._error(u, total)
+            before = inside.item(n - 1) if n else 0.0
+            if not before + error <= rest < inside.item(n) - error:
+                raise _TooClose
+        return first + n, total
+
+    def _error(self, u: float, total: float) -> float:
+        """How far a sum of float32 weights may be from what it is compared with, u times all.
+
+        A weight has 3 roundings of its exponent x and two units in the last place of exp: it is
+        off by (3 |x| + 6) half units in proportion. Of weights that add up to A the mean |x| is at
+        most ln(V / A), as the entropy is at most ln V. The errors of what is before the border and
+        of what is behind it count 1 - u and u. 1e-6 is for all roundings in float64.
+        """
+        both = u * (1 - u) + 1e-6
+        exponents = 2 * math.log(self.size / total) - math.log(both)
+        return total * both * HALF_UNIT * (3 * exponents + 12)
+
+    def _lowest(self, highest: np.floating[Any]) -> np.floating[Any]:
+        """The smallest number that a logit can be and be left by min-p."""
+        border = float(highest) + self._temperature * math.log(self._sampling.min_p)
+        lowest = highest.dtype.type(border)
+        return np.nextafter(lowest, highest) if float(lowest) < border else lowest
+
+
+def _mark_likelier(logits: Logits, token_id: int, out: Mask) -> None:
+    """Marks the tokens that come before one by probability: lower ids first among equals."""
+    logit = logits[token_id]
+    np.greater_equal(logits[:token_id], logit, out[:token_id])
+    np.greater(logits[token_id:], logit, out[token_id:])
+
+
+def _mark_nucleus(logits: Logits, sampling: Sampling, out: Mask) -> None:
+    """Marks the tokens that top-p leaves of all. Sorts them, as only top-p with typical-p needs."""
+    values = np.sort(logits)[::-1]
+    cumulative = accumulate(_weights(values, sampling.temperature))
+    last = nth_most_likely(logits, values, _count_nucleus(cumulative, sampling.top_p) - 1)
+    _mark_likelier(logits, last, out)
+    out[last] = True
+
+
+def _mark_more_typical(
+    logits: Logits, exponents: npt.NDArray[Any], mean: float, token_id: int, out: Mask
+) -> None:
+    """Marks the tokens that come before one by distance of the exponent from the mean: those
+    between it and its mirror image; likelier ones, then lower ids, first among equals.
+
+    With float32 also some more, a little further away than the mirror image.
+    """
+    exponent = exponents.item(token_id)
+    slack = 1e-30 - FLOAT32_ERROR * (mean + exponent) if exponents.dtype == FLOAT32 else 0.0
+    if slack and abs(exponent - mean) <= slack:
+        raise _TooClose
+    if exponent <= mean:
+        _mark_likelier(logits, token_id, out)
+        out &= exponents <= 2 * mean - exponent + slack
+    else:
+        logit = logits[token_id]
+        np.less_equal(logits[:token_id], logit, out[:token_id])
+        np.less(logits[token_id:], logit, out[token_id:])
+        out &= exponents > 2 * mean - exponent - slack
+
+
+def _weighted_sum(
+    weights: npt.NDArray[Any], values: npt.NDArray[Any], memory: npt.NDArray[Any]
+) -> float:
+    """The sum of the products; where the weight is 0 a value may be -inf, and is set to 0."""
+    # Not np.dot: BLAS would wake threads.
+    found = float(np.multiply(weights, values, memory).sum())
+    if math.isnan(found):
+        values[weights == 0] = 0
+        found = float(np.multiply(weights, values, memory).sum())
+    return found
 
 
 def largest(logits: Logits, k: int, guess: float = math.inf) -> tuple[Logits, float]:
@@ -294,17 +429,8 @@ def nth_most_likely(logits: Logits, values: Logits, n: int) -> int:
 
     values: the largest, descending. Only the chosen one is looked up: no other id is needed.
     """
-    return _nth_equal(logits, values[n], _n_equal_before(values, n))
-
-
-def _n_equal_before(values: Logits, n: int) -> int:
-    """How many of the descending values equal the n-th and come before it."""
-    return n - int(np.count_nonzero(values > values[n]))
-
-
-def _nth_equal(logits: Logits, value: float, n: int) -> int:
-    """The id of the n-th logit of that value."""
-    return int((logits == value).nonzero()[0][n])
+    value = values[n]
+    return int((logits == value).nonzero()[0][n - int(np.count_nonzero(values > value))])
 
 
 def check_finite(highest: float) -> None:
@@ -341,75 +467,29 @@ def _weights(values: Logits, temperature: float) -> Weights:
     """Probabilities of descending logits up to a factor; that of the first is 1: none overflows."""
     highest = float(values[0])
     check_finite(highest)
-    return weigh(values, highest, max(temperature, MIN_TEMPERATURE))
+    weights = values.astype(FLOAT64)
+    weights -= highest
+    weights /= max(temperature, MIN_TEMPERATURE)
+    return exp(weights, weights)
 
 
 def _choose(weights: Weights, u: float, sampling: Sampling) -> int:
     """The index that u chooses among descending weights, after top-p, min-p and typical-p."""
     # u * total < total for every u <= 1 - 2**-53, also in float64: no token of weight 0 is chosen.
+    cumulative = accumulate(weights)
     kept = weights.size
-    if kept <= HEAD and sampling.typical_p == 1:
-        cumulative = accumulate(weights)
-        if sampling.top_p < 1:
-            kept = int(cumulative.searchsorted(sampling.top_p * cumulative[-1])) + 1
-        if sampling.min_p > 0:
-            kept = min(kept, _count_likely(weights, sampling.min_p))
-        return int(cumulative[:kept].searchsorted(u * cumulative[kept - 1], RIGHT))
-    ends = _ends(weights)
     if sampling.top_p < 1:
-        kept = min(kept, _find(weights, ends, sampling.top_p * ends.item(-1), LEFT) + 1)
+        kept = _count_nucleus(cumulative, sampling.top_p)
     if sampling.min_p > 0:
-        kept = min(kept, _count_likely(weights, sampling.min_p))
+        kept = min(kept, weights.size - int(weights[::-1].searchsorted(sampling.min_p)))
     if sampling.typical_p < 1:
         return _choose_typical(weights[:kept], u, sampling.typical_p)
-    return _find(weights, ends, u * _sum(weights, ends, kept), RIGHT)
+    return int(cumulative[:kept].searchsorted(u * cumulative[kept - 1], "right"))
 
 
-def _place_in_head(values: Logits, mass: Mass, u: float, sampling: Sampling) -> Place | None:
-    """`_place` from the largest of all logits, descending; None where these do not decide it."""
-    weights = _weights(values, sampling.temperature)
-    sums = accumulate(weights)
-    kept = _count_likely(weights, sampling.min_p) if sampling.min_p > 0 else weights.size
-    if sampling.top_p == 1 and sampling.min_p > 0:
-        if kept == weights.size:
-            return None
-    else:
-        p, side = (sampling.top_p, LEFT) if sampling.top_p < 1 else (u, RIGHT)
-        total, error = mass.rough
-        low, high = p * total * (1 - 2 * error), p * total * (1 + 2 * error)
-        first = int(sums.searchsorted(low, side))
-        decided = high < sums[-1] and first == sums.searchsorted(high, side)
-        if sampling.top_p == 1:
-            return _place_of(values, sums, first) if decided else None
-        if decided:
-            kept = min(kept, first + 1)
-        elif kept == weights.size or first + 1 < kept:  # or min-p leaves fewer in any case
-            return None
-    n = int(sums[:kept].searchsorted(u * sums[kept - 1], RIGHT))
-    return _place_of(values, sums, n)
-
-
-def _place_of(values: Logits, sums: Weights, n: int) -> Place:
-    """values: the largest logits, descending."""
-    return Place(values[n], _n_equal_before(values, n), float(sums[n]))
-
-
-def _place(mass: Mass, u: float, sampling: Sampling) -> Place | None:
-    """The token that u chooses among all, after top-p and min-p; None where `mass` cannot tell."""
-    kept, lowest = mass.total, None
-    if sampling.top_p < 1:
-        last = mass.find(sampling.top_p * mass.total, LEFT)
-        if last is None:
-            return None
-        kept, lowest = last.reached, last.logit
-    if sampling.min_p > 0:
-        likely = mass.at_least(sampling.min_p)
-        if likely is None:
-            return None
-        kept = min(kept, likely)
-    if kept < mass.total and u * (1 + 2 * mass.error) >= 1:
-        return None  # the token behind the last one kept could be found
-    return mass.find(u * kept, RIGHT, lowest)
+def _count_nucleus(cumulative: Weights, top_p: float) -> int:
+    """How many of descending weights, given their sums, top-p leaves."""
+    return int(cumulative.searchsorted(top_p * cumulative[-1])) + 1
 
 
 def _choose_typical(weights: Weights, u: float, typical_p: float) -> int:
@@ -421,51 +501,7 @@ def _choose_typical(weights: Weights, u: float, typical_p: float) -> int:
     n = int(accumulate(p[order]).searchsorted(typical_p)) + 1
     kept = np.sort(order[:n])
     cumulative = accumulate(weights[kept])
-    return int(kept[cumulative.searchsorted(u * cumulative[-1], RIGHT)])
-
-
-def _count_likely(weights: Weights, min_p: float) -> int:
-    """How many of the descending weights are at least min_p; the first is 1."""
-    return weights.size - int(weights[::-1].searchsorted(min_p))
-
-
-# Adding one number after the other takes 3 ns each, sums of blocks of HEAD a fifteenth of that. The
-# first block is added one by one all the same: most draws end there.
-def _ends(weights: Weights) -> Weights:
-    """The sums of all weights up to the end of each block of HEAD, the last one maybe shorter."""
-    first = accumulate(weights[:HEAD])[-1:]
-    if weights.size <= HEAD:
-        return first
-    whole = weights.size // HEAD * HEAD
-    sums = weights[:whole].reshape(-1, HEAD).sum(axis=1)
-    if whole < weights.size:
-        sums = np.append(sums, weights[whole:].sum())
-    sums[0] = first[0]
-    return accumulate(sums)
-
-
-def _inside(weights: Weights, ends: Weights, block: int) -> Weights:
-    """The sums of all weights up to each one of a block."""
-    inside = weights[block * HEAD : (block + 1) * HEAD]
-    if block == 0:
-        return accumulate(inside)
-    return accumulate(np.append(ends[block - 1], inside))[1:]
-
-
-def _sum(weights: Weights, ends: Weights, n: int) -> float:
-    """The sum of the first n weights, n >= 1."""
-    if n == weights.size:
-        return ends.item(-1)
-    return _inside(weights, ends, (n - 1) // HEAD).item((n - 1) % HEAD)
-
-
-def _find(weights: Weights, ends: Weights, target: float, side: Side) -> int:
-    """The first index where the sum reaches the target (LEFT) or exceeds it (RIGHT)."""
-    block = min(int(ends.searchsorted(target, side)), ends.size - 1)
-    inside = _inside(weights, ends, block)
-    # The two ways to add may differ in the last bit; a weight of 0 is never the answer.
-    last = int(np.count_nonzero(weights[block * HEAD : (block + 1) * HEAD])) - 1
-    return block * HEAD + max(0, min(int(inside.searchsorted(target, side)), last))
+    return int(kept[cumulative.searchsorted(u * cumulative[-1], "right")])
 
 
 def _check_whole(name: str, value: object, expected: str) -> int:

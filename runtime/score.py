@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pico_edge.runtime.evaluate import CHUNK_TOKENS, log_softmax
-from pico_edge.runtime.mass import Logits
+from pico_edge.runtime.sampling import Logits
 from pico_edge.runtime.session import Session
 
 

@@ -1,5 +1,7 @@
 """Texts: seeds, batches, stops, streams, split characters, end of the context, bad arguments."""
 
+import dataclasses
+import functools
 import gc
 import itertools
 import os
@@ -49,7 +51,7 @@ def no_end(model, **changes):
     return {"max_new_tokens": 40, "seed": 3, **changes}
 
 
-def slow_ids(model, prompt, n, *, seed, number=0):
+def slow_ids(model, prompt, n, *, seed, number=0, **changes):
     """The tokens of a text by one call of the whole window per token: nothing cached, no batch.
 
     The window rule is that of the loop: when block_size tokens are in it, the newest third goes on.
@@ -61,7 +63,9 @@ def slow_ids(model, prompt, n, *, seed, number=0):
         if len(ids) - start > window:
             start = len(ids) - window // 3
         logits = model.session.new_cache().prefill([ids[start:]])[0, : model.tokenizer.n_vocab]
-        token_id = sample(logits, uniform(seed, len(ids), number), model.sampling)
+        numbers = functools.partial(uniform, seed, len(ids), number)
+        sampling = dataclasses.replace(model.sampling, **changes)
+        token_id = sample(logits, numbers(), sampling, numbers)
         if token_id == model.tokenizer.eot_id:
             break
         ids.append(token_id)
@@ -76,6 +80,20 @@ def test_a_text_is_that_of_a_plain_loop_over_the_window(model):
         n = 2 * window + 5
         made = model.generate(prompt, max_new_tokens=n, seed=seed)
         assert made.token_ids == slow_ids(model, prompt, n, seed=seed)
+
+
+@pytest.mark.parametrize("changes", [{}, {"top_p": 0.5}, {"typical_p": 0.4, "temperature": 1.3}])
+def test_a_text_from_all_tokens_is_that_of_a_plain_loop(model, changes):
+    """A draw that takes more numbers takes those of its seed, position and row."""
+    options = {"top_k": 0, **changes}
+    alone = model.generate(HELLO, max_new_tokens=60, seed=8, **options)
+    assert alone.token_ids == slow_ids(model, HELLO, 60, seed=8, **options)
+    for number, made in enumerate(
+        model.generate([HELLO] * 3, max_new_tokens=40, seed=8, **options)
+    ):
+        assert made.token_ids == slow_ids(model, HELLO, 40, seed=8, number=number, **options)
+    again = model.generate(HELLO, max_new_tokens=60, **options)  # a seed of its own
+    assert again.token_ids == slow_ids(model, HELLO, 60, seed=again.seed, **options)
 
 
 def test_a_long_text_slides_over_the_context_many_times(model, monkeypatch):

@@ -1,6 +1,9 @@
 """Samplers against distributions worked out by hand, a slow oracle, and frequencies."""
 
+import collections
 import dataclasses
+import functools
+import itertools
 import math
 
 import numpy as np
@@ -11,6 +14,7 @@ from scipy import stats
 
 from pico_edge.artefact import SAMPLING_DEFAULTS
 from pico_edge.errors import PicoEdgeError, UsageError
+from pico_edge.runtime import sampling as module
 from pico_edge.runtime.adjust import Adjuster
 from pico_edge.runtime.philox import uniform
 from pico_edge.runtime.sampling import (
@@ -24,16 +28,24 @@ from pico_edge.runtime.sampling import (
 )
 
 PLAIN = Sampling(temperature=1.0, top_k=0)
+RANKED = Sampling(temperature=1.0, top_k=10**6)  # of all as well, but by descending probability
 FOUR = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float64))  # by probability: 1, 3, 2, 0
+
+
+def further(seed, position, row=0):
+    """What `again` is in a text."""
+    return functools.partial(uniform, seed, position, row)
 
 
 def kept(logits, sampling, steps=2048):
     """The tokens that can come, in the order of u, found with a fine comb of u."""
-    return list(dict.fromkeys(sample(logits, i / steps, sampling) for i in range(steps)))
+    return list(
+        dict.fromkeys(sample(logits, i / steps, sampling, further(0, i)) for i in range(steps))
+    )
 
 
 def oracle(logits, u, s):
-    """The definition in sampling's docstring, token by token in plain Python."""
+    """The definition in sampling's docstring, token by token in plain Python; with top-k."""
     logits = [float(x) for x in logits]
     order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
     if s.temperature == 0:
@@ -93,7 +105,81 @@ def oracle(logits, u, s):
     ],
 )
 def test_draws_of_a_hand_computed_distribution(changes, u, token):
-    assert sample(FOUR, u, dataclasses.replace(PLAIN, **changes)) == token
+    assert sample(FOUR, u, dataclasses.replace(RANKED, **changes)) == token
+
+
+# By id, the four end at 0.1, 0.5, 0.7 and 1. numbers: those that the draw takes, all of them.
+@pytest.mark.parametrize(
+    ("changes", "numbers", "token"),
+    [
+        ({}, [0.0], 0),
+        ({}, [0.09], 0),
+        ({}, [0.11], 1),
+        ({}, [0.49], 1),
+        ({}, [0.51], 2),
+        ({}, [0.69], 2),
+        ({}, [0.71], 3),
+        ({}, [1 - 2**-53], 3),
+        ({"temperature": 0.5}, [0.03], 0),  # 1 : 16 : 4 : 9, of 30
+        ({"temperature": 0.5}, [0.04], 1),
+        ({"temperature": 0.5}, [0.56], 1),
+        ({"temperature": 0.5}, [0.57], 2),
+        ({"temperature": 1e-300}, [0.0], 1),
+        ({"min_p": 0.6}, [0.57], 1),  # 1 and 3 are left: 0.4 / 0.7 = 0.5714
+        ({"min_p": 0.6}, [0.58], 3),
+        # top-p: 2 comes after 0.7, 0 after 0.9.
+        ({"top_p": 0.71}, [0.2], 1),
+        ({"top_p": 0.71}, [0.6], 2),
+        ({"top_p": 0.71}, [0.05, 0.44], 1),  # 0 is out; of 1, 2, 3: 4/9, 6/9, 1
+        ({"top_p": 0.71}, [0.05, 0.45], 2),
+        ({"top_p": 0.71}, [0.05, 0.67], 3),
+        ({"top_p": 0.69}, [0.6, 0.57], 1),  # 2 is out; of 1, 3: 4/7, 1
+        ({"top_p": 0.69}, [0.6, 0.58], 3),
+        ({"top_p": 0.69}, [0.05, 0.6, 0.58], 3),
+        ({"top_p": 0.39}, [0.05, 0.6, 0.58, 0.99], 1),
+        # The share is of all, not of what min-p leaves, 0.7: 0.4 < 0.42 * 1.
+        ({"top_p": 0.42, "min_p": 0.6}, [0.58], 3),
+        ({"top_p": 0.39, "min_p": 0.6}, [0.58, 0.5], 1),
+        # typical-p: 3, 2, 1, 0 come after 0, 0.3, 0.5, 0.9; see below.
+        ({"typical_p": 0.45}, [0.6], 2),
+        ({"typical_p": 0.45}, [0.2, 0.39], 2),  # 1 is out; of 2, 3: 0.4, 1
+        ({"typical_p": 0.45}, [0.2, 0.41], 3),
+        ({"typical_p": 0.45}, [0.05, 0.4, 0.41], 3),  # 0; of 1, 2, 3: 4/9, 6/9, 1
+        ({"typical_p": 0.29}, [0.05, 0.4, 0.39, 0.0], 3),
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_draws_without_top_k_of_a_hand_computed_distribution(changes, numbers, token, dtype):
+    asked = []
+
+    def again(n):
+        asked.append(n)
+        return numbers[n]
+
+    sampling = dataclasses.replace(PLAIN, **changes)
+    assert sample(FOUR.astype(dtype), numbers[0], sampling, again) == token
+    assert max(asked, default=0) == len(numbers) - 1
+
+
+def test_equal_tokens_come_in_the_order_of_their_ids():
+    """Four of 1/4 each: a share of 0.6 holds the first three."""
+    four, numbers = np.zeros(4, np.float32), [0.8, 0.7]
+    for changes in ({"top_p": 0.6}, {"typical_p": 0.6}):
+        sampling = dataclasses.replace(PLAIN, **changes)
+        assert sample(four, 0.7, sampling) == 2
+        assert sample(four, numbers[0], sampling, numbers.__getitem__) == 2
+    # One after exactly the share is out.
+    for changes in ({"top_p": 0.5}, {"typical_p": 0.5}):
+        sampling = dataclasses.replace(PLAIN, **changes)
+        assert sample(four, 0.3, sampling) == 1
+        assert sample(four, 0.5, sampling, lambda n: 0.4) == 0
+
+
+def test_a_draw_that_needs_more_numbers_says_so():
+    sampling = dataclasses.replace(PLAIN, top_p=0.5)
+    assert sample(FOUR, 0.2, sampling) == 1
+    with pytest.raises(UsageError, match="expected `again`"):
+        sample(FOUR, 0.05, sampling)
 
 
 @pytest.mark.parametrize(
@@ -120,10 +206,18 @@ def test_draws_of_a_hand_computed_distribution(changes, u, token):
         ({"top_k": 2, "typical_p": 0.5}, [1]),
         # At T 0.5 the four have 8/15, 3/10, 2/15, 1/30: 0.629, 1.204, 2.015, 3.401; 1.078.
         ({"temperature": 0.5, "typical_p": 0.2}, [3]),
+        # Of the three kept 4/9, 3/9, 2/9: 0.811, 1.099, 1.504; 1.061: 3, 1, 2.
+        ({"top_p": 0.85, "typical_p": 0.3}, [3]),
+        ({"top_p": 0.85, "typical_p": 0.4}, [1, 3]),
+        ({"min_p": 0.3, "typical_p": 0.4}, [1, 3]),
+        ({"min_p": 0.3, "typical_p": 0.8}, [1, 3, 2]),
     ],
 )
 def test_tokens_kept_of_a_hand_computed_distribution(changes, tokens):
-    assert kept(FOUR, dataclasses.replace(PLAIN, **changes)) == tokens
+    assert kept(FOUR, dataclasses.replace(RANKED, **changes)) == tokens
+    without = dataclasses.replace(PLAIN, **changes)
+    assert sorted(kept(FOUR, without)) == sorted(tokens)
+    assert sorted(kept(FOUR.astype(np.float32), without)) == sorted(tokens)
 
 
 def test_equal_logits_are_taken_by_id():
@@ -141,7 +235,7 @@ def test_equal_logits_are_taken_by_id():
 
 def test_minus_infinity_is_never_drawn():
     logits = np.array([-np.inf, 0, -np.inf, 0], np.float32)
-    for changes in ({}, {"top_k": 3}, {"top_p": 0.99}, {"min_p": 0.01}):
+    for changes in ({}, {"top_k": 3}, {"top_p": 0.99}, {"min_p": 0.01}, {"typical_p": 0.99}):
         assert kept(logits, dataclasses.replace(PLAIN, **changes)) == [1, 3]
         assert sample(logits, 1 - 2**-53, dataclasses.replace(PLAIN, **changes)) == 3
 
@@ -162,7 +256,7 @@ def test_logits_that_are_not_finite_are_an_error(bad, size, changes):
 SETTINGS = st.builds(
     Sampling,
     temperature=st.sampled_from([0.0, 1e-9, 0.3, 0.8, 1.0, 7.5]),
-    top_k=st.integers(0, 60),
+    top_k=st.integers(1, 60),
     top_p=st.floats(0.01, 1.0),
     typical_p=st.sampled_from([0.2, 0.65, 1.0, 1.0]),
     min_p=st.sampled_from([0.0, 0.01, 0.37, 1.0]),
@@ -236,7 +330,8 @@ def test_frequencies_are_those_of_the_distribution(changes):
 
     found = np.zeros(logits.size)
     for position in range(draws):
-        found[sample(logits, uniform(11, position), sampling)] += 1
+        u, again = uniform(11, position), further(11, position)
+        found[sample(logits, u, sampling, again)] += 1
     assert found.sum() == found[order].sum()
     # Chi-square needs some draws in each cell: the rare tokens share one.
     rare = p * draws < 10
@@ -316,60 +411,196 @@ def test_seeds_of_63_bits_are_accepted(seed):
     check_seed(seed)
 
 
-def large_oracle(logits, u, s):
-    """`oracle` without top-k and typical-p, for many tokens: sorted, and added one by one."""
-    order = np.argsort(-logits, kind="stable")
-    weights = np.exp((logits[order].astype(np.float64) - float(logits[order[0]])) / s.temperature)
-    sums = np.cumsum(weights)
-    n = int((sums < s.top_p * sums[-1]).sum()) + 1 if s.top_p < 1 else len(sums)
-    n = min(n, int((weights >= s.min_p).sum()))
-    return int(order[int((sums[:n] <= u * sums[n - 1]).sum())])
+class Replay:
+    """The definition without top-k, in long double; `gap`: how near the nearest border was.
+
+    A gap of exactly 0 is no doubt: sums of equal weights are exact. token: the one drawn.
+    """
+
+    def __init__(self, logits, numbers, s):
+        logits = np.asarray(logits, np.longdouble)
+        with np.errstate(over="ignore"):
+            x = (logits - logits.max()) / np.longdouble(s.temperature)
+        w, self.gap = np.exp(x), math.inf
+        ids = np.arange(len(w))
+        order = np.lexsort((ids, -logits))
+        if s.top_p < 1:
+            top_p = order[self.reach(w[order], s.top_p * w.sum())]
+        if s.min_p > 0:
+            lowest = np.log(np.longdouble(s.min_p))
+            self.near((x - lowest) / (1 - lowest))
+            ids = np.flatnonzero(x >= lowest)
+        share, total = s.top_p, w.sum()
+        if s.typical_p < 1:
+            if s.top_p < 1:
+                ids = np.intersect1d(ids, top_p)
+            share, total = s.typical_p, w[ids].sum()
+            mean = (w[ids] * np.where(w > 0, x, 0)[ids]).sum() / total
+            distance = np.where(w > 0, abs(x - mean), np.inf)
+            order = np.lexsort((np.arange(len(w)), -logits, distance))
+            some = order[: np.count_nonzero(w)]
+            distances = distance[some][1:][np.diff(logits[some]) != 0]
+            gaps = np.diff(distance[some])[np.diff(logits[some]) != 0]
+            # Here 0 is one: the distances of different logits are only equal by rounding.
+            self.near(np.maximum(gaps / (abs(mean) + distances), 1e-30))
+        rank = np.empty(len(w), int)
+        rank[order] = range(len(w))
+        for n in itertools.count():
+            sums = np.cumsum(w[ids])
+            target = numbers(n) * sums[-1]
+            self.near((sums - target) / sums[-1])
+            self.token = token = int(ids[(sums <= target).sum()])
+            if share == 1:
+                return
+            ids = ids[rank[ids] < rank[token]]
+            missing = share * total - w[ids].sum()
+            self.near(missing / total)
+            if missing > 0:
+                return
+
+    def reach(self, weights, target):
+        """The first of the weights that together come to the target."""
+        before = np.cumsum(weights) - weights
+        self.near((before - target) / weights.sum())
+        return before < target
+
+    def near(self, gaps):
+        gaps = np.abs(np.atleast_1d(gaps))
+        self.gap = min(self.gap, *gaps[gaps > 0], math.inf)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"temperature": 0.3},
-        {"temperature": 1e-4},
-        {"top_p": 0.5},
-        {"top_p": 0.95},
-        {"top_p": 0.9999},
-        {"min_p": 0.1},
-        {"min_p": 1e-5},
-        {"top_p": 0.9, "min_p": 0.01},
-        {"top_p": 0.7, "min_p": 1e-4},
-    ],
+def check(logits, sampling, seed, sampler=None, first=None):
+    """A draw is that of the definition; False where rounding in float64 may decide."""
+    u = uniform(seed, 1) if first is None else first
+    expected = Replay(logits, lambda n: uniform(seed, 1, 0, n) if n else u, sampling)
+    found = (sampler or Sampler(sampling)).draw(logits, u, further(seed, 1))
+    if expected.gap > 1e-12:
+        assert found == expected.token
+    return expected.gap > 1e-12
+
+
+WITHOUT = st.builds(
+    Sampling,
+    temperature=st.sampled_from([1e-300, 1e-9, 0.3, 0.8, 1.0, 1.0, 7.5, 1e30, 1e300]),
+    top_k=st.just(0),
+    top_p=st.one_of(st.just(1.0), st.floats(0.01, 1.0)),
+    typical_p=st.one_of(st.just(1.0), st.floats(0.01, 1.0)),
+    min_p=st.sampled_from([0.0, 0.0, 1e-4, 0.37, 1.0]),
 )
-def test_a_large_vocabulary_is_drawn_from_as_if_all_of_it_were_sorted(changes):
-    """Peaked, spread and flat in turn, so that each stage is begun with and fails."""
-    sampling = dataclasses.replace(PLAIN, **changes)
-    sampler = Sampler(sampling)
-    rng = np.random.default_rng(2)
-    for step, spread in enumerate((6, 2, 0.3, 0.3, 2, 2, 6, 6, 0.1, 6, 3, 2, 1) * 2):
-        logits = (rng.normal(size=20_000) * spread).astype(np.float32)
-        u = uniform(3, step)
-        expected = large_oracle(logits, u, sampling)
-        assert sampler.draw(logits, u) == sample(logits, u, sampling) == expected
-        half = logits.astype(np.float16)  # with many equal ones
-        assert sampler.draw(half, u) == large_oracle(half.astype(np.float32), u, sampling)
 
 
-@pytest.mark.parametrize("changes", [{}, {"top_p": 0.9}, {"top_p": 0.999, "min_p": 1e-4}])
-def test_draws_at_the_border_of_two_tokens_are_exact(changes):
-    """Where the sum in float32 cannot tell on which side of it u is, and where u decides top-p."""
-    sampling = dataclasses.replace(PLAIN, **changes)
+@settings(deadline=None, max_examples=400)
+@given(
+    logits=st.lists(
+        st.sampled_from([-math.inf, -3e38, -6e4, -90, -3.5, -1.0, 0.0, 0.25, 2.0, 3e38]), min_size=1
+    ).filter(lambda values: max(values) > -math.inf),
+    dtype=st.sampled_from([np.float16, np.float32, np.float64]),
+    first=st.one_of(st.sampled_from([0.0, 0.5, 1 - 2**-53]), UNIFORM),
+    seed=st.integers(0, 2**32),
+    sampling=WITHOUT,
+)
+def test_draws_without_top_k_follow_the_definition_among_many_ties(
+    logits, dtype, first, seed, sampling
+):
+    if dtype is np.float16:
+        logits = [max(value, -6e4) if value < 6e4 else 6e4 for value in logits]
+    check(np.array(logits, dtype), sampling, seed, first=first)
+
+
+def some_logits(kind, size, seed):
+    rng = np.random.default_rng(seed)
+    spread = {"flat": 0.3, "spread": 2, "peaked": 8}.get(kind, 1)
+    logits = (rng.normal(size=size) * spread).astype(np.float32)
+    if kind == "ties":
+        logits = np.round(logits * 3)
+    elif kind == "one value":
+        logits[:] = 1.5
+    elif kind == "banned":
+        logits[1:][rng.random(size - 1) < 0.9] = -np.inf
+    elif kind == "one large":
+        logits[seed % size] = 30
+    return logits
+
+
+KINDS = ("flat", "spread", "peaked", "ties", "one value", "banned", "one large")
+
+
+@settings(deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    size=st.one_of(st.sampled_from([1, 255, 256, 257, 512]), st.integers(1, 9000)),
+    seed=st.integers(0, 2**32),
+    dtype=st.sampled_from([np.float16, np.float32, np.float64]),
+    sampling=WITHOUT,
+)
+def test_draws_without_top_k_follow_the_definition_in_large_vocabularies(
+    kind, size, seed, dtype, sampling
+):
     sampler = Sampler(sampling)
-    for seed in range(3):
-        logits = (np.random.default_rng(seed).normal(size=20_000) * 4).astype(np.float32)
-        weights = np.exp(np.sort(logits)[::-1].astype(np.float64) - float(logits.max()))
-        p = weights / weights.sum()
-        for n in (1, 2, 5, 17, 60):
-            border = float(p[:n].sum())
-            for u in (border * (1 - 1e-9), border * (1 + 1e-9), border - 3e-6, border + 3e-6):
-                assert sampler.draw(logits, u) == large_oracle(logits, u, sampling)
-                top_p = dataclasses.replace(PLAIN, top_p=u)
-                assert sample(logits, 1 - 2**-53, top_p) == large_oracle(logits, 1 - 2**-53, top_p)
+    for more in range(3):  # with the same memory
+        check(some_logits(kind, size, seed + more).astype(dtype), sampling, seed + more, sampler)
+
+
+FILTERS = (
+    {},
+    {"top_p": 0.9},
+    {"min_p": 0.01},
+    {"top_p": 0.7, "min_p": 0.001},
+    {"typical_p": 0.9},
+    {"typical_p": 0.5, "top_p": 0.9, "min_p": 0.001},
+)
+
+
+@pytest.mark.parametrize("changes", FILTERS, ids=str)
+def test_few_draws_need_float64_and_none_is_in_doubt(changes, monkeypatch):
+    used = collections.Counter()
+    real = module._Unsorted._draw
+
+    def counted(self, logits, u, again, dtype):
+        used[dtype] += 1
+        return real(self, logits, u, again, dtype)
+
+    monkeypatch.setattr(module._Unsorted, "_draw", counted)
+    sampling = dataclasses.replace(PLAIN, temperature=0.8, **changes)
+    sampler = Sampler(sampling)
+    for kind in ("flat", "spread", "peaked", "banned"):
+        for seed in range(50):
+            assert check(some_logits(kind, 20_000, seed), sampling, seed, sampler)
+    assert used[np.dtype(np.float32)] == 200
+    # A draw that typical-p does not leave is made again in float64.
+    rejected = 200 * (1 - sampling.typical_p)
+    assert used[np.dtype(np.float64)] < 12 + 1.3 * rejected
+
+
+@pytest.mark.parametrize("kind", ["flat", "spread", "peaked", "ties"])
+def test_draws_at_the_border_of_two_tokens_are_those_of_exact_sums(kind):
+    """Where sums in float32 cannot tell on which side of it u is, and where u decides a filter."""
+    logits = some_logits(kind, 20_000, 1)
+    weights = np.exp(logits.astype(np.longdouble) - logits.max())
+    by_id = np.cumsum(weights) / weights.sum()
+    ranked = np.cumsum(np.sort(weights)[::-1]) / weights.sum()
+    far = [sign * 10.0**-n for n in range(6, 12) for sign in (1, -1)]
+    for n in np.random.default_rng(0).integers(1, 20_000, 8):
+        for d in far:
+            u, share = float(by_id[n]) + d, min(1.0, float(ranked[n]) + d)
+            if u < 1:
+                check(logits, PLAIN, 5, first=u)
+            check(logits, dataclasses.replace(PLAIN, top_p=share), 5, first=float(by_id[n]) - 1e-9)
+            check(logits, dataclasses.replace(PLAIN, typical_p=share), int(n))
+    logits = np.arange(-5000, 1, dtype=np.float32) / 500
+    for n in range(0, 5000, 250):
+        for d in (0, 1e-15, 1e-9, -1e-9, 1e-6, -1e-6):
+            check(logits, dataclasses.replace(PLAIN, min_p=math.exp(float(logits[n])) + d), n)
+
+
+@pytest.mark.parametrize("changes", [{"top_p": 0.8}, {"typical_p": 0.8}, {"min_p": 0.1}])
+def test_a_single_token_and_one_that_has_all_probability(changes):
+    sampling = dataclasses.replace(PLAIN, **changes)
+    assert sample(np.array([-3e38], np.float32), 0.99, sampling) == 0
+    for others in (-60, -200, -3e38, -np.inf):
+        logits = np.full(3000, others, np.float32)
+        logits[1234] = 7
+        assert sample(logits, 0.99, sampling) == 1234
 
 
 def torch_distribution(torch, logits, ids, s, bias, banned):
@@ -421,6 +652,9 @@ def torch_distribution(torch, logits, ids, s, bias, banned):
         {"min_p": 0.03},
         {"typical_p": 0.5},
         {"typical_p": 0.9, "top_k": 40},
+        {"typical_p": 0.6, "top_p": 0.7},
+        {"typical_p": 0.8, "min_p": 0.01},
+        {"top_p": 0.7, "min_p": 0.05},
         {"repetition_penalty": 1.7, "presence_penalty": 0.4, "frequency_penalty": 0.3},
         {"no_repeat_ngram_size": 2},
         {
@@ -449,7 +683,8 @@ def test_frequencies_are_those_of_the_steps_in_torch(changes):
     sampler = Sampler(sampling)
     found = np.zeros(V)
     for position in range(draws):
-        found[sampler.draw(adjuster.adjust(logits), uniform(12, position))] += 1
+        u, again = uniform(12, position), further(12, position)
+        found[sampler.draw(adjuster.adjust(logits), u, again)] += 1
     assert found[p == 0].sum() == 0
     often = p * draws >= 10
     expected = np.append(p[often], p[~often].sum()) * draws
@@ -459,7 +694,15 @@ def test_frequencies_are_those_of_the_steps_in_torch(changes):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"temperature": 1e-3}, {"top_k": 0}, {"top_p": 0.9}, {"top_k": 0, "top_p": 0.9}]
+    "changes",
+    [
+        {},
+        {"temperature": 1e-3},
+        {"top_k": 0},
+        {"top_p": 0.9},
+        {"top_k": 0, "top_p": 0.9},
+        {"top_k": 0, "typical_p": 0.8, "min_p": 0.01},
+    ],
 )
 def test_what_a_sampler_remembers_never_changes_a_token(changes):
     """Logits that drift, jump, and become NaN in one place."""
@@ -472,7 +715,8 @@ def test_what_a_sampler_remembers_never_changes_a_token(changes):
         u = uniform(1, step)
         if step % 3 == 0:
             logits = np.round(logits, 1)  # many are equal
-        assert sampler.draw(logits, u) == sample(logits, u, sampling)
+        again = further(1, step)
+        assert sampler.draw(logits, u, again) == sample(logits, u, sampling, again)
     for bad in (np.nan, np.inf):
         logits[1234] = bad
         with pytest.raises(PicoEdgeError, match=str(bad)):

@@ -46,7 +46,8 @@ def both(model, prompt=PROMPT, **options):
     [
         {"temperature": 0},
         {"temperature": 0.3},
-        {"temperature": 0.8, "top_k": 0, "top_p": 0.9},
+        {"temperature": 0.8, "top_k": 0, "top_p": 0.6},
+        {"temperature": 0.8, "top_k": 0, "typical_p": 0.6},
         {"temperature": 0.5, "repetition_penalty": 1.3},
         {"temperature": 0.5, "presence_penalty": 0.4, "frequency_penalty": 0.2},
         {"temperature": 0.4, "stop": ["e t", "ou"]},
