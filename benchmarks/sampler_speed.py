@@ -11,6 +11,7 @@ it. One thread draws; run it while nothing else runs.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import platform
 import statistics
@@ -22,6 +23,7 @@ import numpy as np
 
 from pico_edge.runtime import Model
 from pico_edge.runtime.adjust import Adjuster
+from pico_edge.runtime.philox import uniform
 from pico_edge.runtime.sampling import Sampler, Sampling
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -50,10 +52,11 @@ def draw_alone(size: int, spread: float, changes: dict[str, Any], tokens: int) -
     adjusts = sampling.penalizes or sampling.no_repeat_ngram_size
     arrays = [(rng.normal(size=size) * spread).astype(np.float32) for _ in range(ARRAYS)]
     times = []
-    for i, u in enumerate(rng.random(tokens)):
+    for i in range(tokens):
+        u, again = uniform(0, i), functools.partial(uniform, 0, i, 0)
         logits = arrays[i % ARRAYS]
         start = time.perf_counter()
-        token_id = sampler.draw(adjuster.adjust(logits) if adjusts else logits, float(u))
+        token_id = sampler.draw(adjuster.adjust(logits) if adjusts else logits, u, again)
         if adjusts:
             adjuster.add(token_id)
         times.append(time.perf_counter() - start)
