@@ -168,6 +168,10 @@ def test_equal_tokens_come_in_the_order_of_their_ids():
         sampling = dataclasses.replace(PLAIN, **changes)
         assert sample(four, 0.7, sampling) == 2
         assert sample(four, numbers[0], sampling, numbers.__getitem__) == 2
+    # Three of 0.3, nearer to the entropy than the last one.
+    logits, sampling = np.log([0.3, 0.3, 0.3, 0.1]), dataclasses.replace(PLAIN, typical_p=0.5)
+    assert sample(logits, 0.5, sampling) == 1
+    assert sample(logits, 0.8, sampling, lambda n: 0.6) == 1
     # One after exactly the share is out.
     for changes in ({"top_p": 0.5}, {"typical_p": 0.5}):
         sampling = dataclasses.replace(PLAIN, **changes)
@@ -519,10 +523,12 @@ def some_logits(kind, size, seed):
         logits[1:][rng.random(size - 1) < 0.9] = -np.inf
     elif kind == "one large":
         logits[seed % size] = 30
+    elif kind == "steps":  # many equal ones in a row, whose errors do not cancel
+        logits = np.repeat(logits[:8] * 3, -(-size // 8))[:size]
     return logits
 
 
-KINDS = ("flat", "spread", "peaked", "ties", "one value", "banned", "one large")
+KINDS = ("flat", "spread", "peaked", "ties", "one value", "banned", "one large", "steps")
 
 
 @settings(deadline=None)
@@ -572,25 +578,49 @@ def test_few_draws_need_float64_and_none_is_in_doubt(changes, monkeypatch):
     assert used[np.dtype(np.float64)] < 12 + 1.3 * rejected
 
 
-@pytest.mark.parametrize("kind", ["flat", "spread", "peaked", "ties"])
+@pytest.mark.parametrize("kind", ["flat", "spread", "peaked", "ties", "steps"])
 def test_draws_at_the_border_of_two_tokens_are_those_of_exact_sums(kind):
-    """Where sums in float32 cannot tell on which side of it u is, and where u decides a filter."""
+    """Where sums in float32 cannot tell on which side of it u is, or whether a token is in."""
     logits = some_logits(kind, 20_000, 1)
-    weights = np.exp(logits.astype(np.longdouble) - logits.max())
-    by_id = np.cumsum(weights) / weights.sum()
-    ranked = np.cumsum(np.sort(weights)[::-1]) / weights.sum()
-    far = [sign * 10.0**-n for n in range(6, 12) for sign in (1, -1)]
-    for n in np.random.default_rng(0).integers(1, 20_000, 8):
+    x = logits.astype(np.longdouble) - logits.max()
+    p = np.exp(x) / np.exp(x).sum()
+    ids, by_id = np.arange(len(p)), np.cumsum(p)
+    ranked = {
+        "top_p": np.lexsort((ids, -logits)),
+        "typical_p": np.lexsort((ids, -logits, abs(x - (p * x).sum()))),
+    }
+    far = [sign * d for d in (1e-6, 3e-7, 1e-7, 3e-8, 1e-8, 1e-10) for sign in (1, -1)]
+    for n in np.random.default_rng(0).integers(1, 20_000, 12):
         for d in far:
-            u, share = float(by_id[n]) + d, min(1.0, float(ranked[n]) + d)
-            if u < 1:
-                check(logits, PLAIN, 5, first=u)
-            check(logits, dataclasses.replace(PLAIN, top_p=share), 5, first=float(by_id[n]) - 1e-9)
-            check(logits, dataclasses.replace(PLAIN, typical_p=share), int(n))
+            if by_id[n] + d < 1:
+                check(logits, PLAIN, 5, first=float(by_id[n] + d))
+    for name, order in ranked.items():
+        for before in np.random.default_rng(1).random(12):
+            n = int((np.cumsum(p[order]) <= before).sum())
+            u = float(by_id[order[n]] - p[order[n]] / 2)
+            for d in far:
+                share = float(p[order[:n]].sum() + d)
+                if 0 < share <= 1:
+                    check(logits, dataclasses.replace(PLAIN, **{name: share}), 5, first=u)
     logits = np.arange(-5000, 1, dtype=np.float32) / 500
     for n in range(0, 5000, 250):
         for d in (0, 1e-15, 1e-9, -1e-9, 1e-6, -1e-6):
             check(logits, dataclasses.replace(PLAIN, min_p=math.exp(float(logits[n])) + d), n)
+
+
+def test_tokens_as_far_from_the_entropy_as_the_one_drawn_are_told_apart():
+    """The first tokens hold most, and are at the mirror image of the last one, or just beside."""
+    sampling = dataclasses.replace(PLAIN, temperature=0.7, typical_p=0.5)
+    for n in range(100, 130):
+        logits = np.append(np.repeat(np.float32([0.1, -0.6]), n), np.float32(0))
+        for _ in range(20):
+            x = (logits.astype(np.longdouble) - logits[0]) / 0.7
+            mean = (np.exp(x) * x).sum() / np.exp(x).sum()
+            logits[-1] = logits[0] + 0.7 * 2 * mean
+        for units in range(-5, 6):
+            moved = logits.copy()
+            moved[-1] += units * np.spacing(logits[-1])
+            check(moved, sampling, n, first=1 - 1e-6)
 
 
 @pytest.mark.parametrize("changes", [{"top_p": 0.8}, {"typical_p": 0.8}, {"min_p": 0.1}])
