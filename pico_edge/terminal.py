@@ -67,6 +67,16 @@ def require_extra(extra: str, *packages: str) -> None:
             raise UsageError(f"{extra} needs {name}: pip install 'pico-edge[{extra}]'")
 
 
+def spin_briefly() -> None:
+    """Before PyTorch is imported: let its threads wait for work awake for 10 us, not milliseconds.
+
+    Nothing is lost where the machine is quiet; beside one busy process on two cores training is
+    twice as fast. For OpenMP of GCC, which PyTorch has on Linux; what the user has set stays.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = "3000"
+
+
 def write(text: str) -> None:
     """The product, at once: a reader of the pipe sees each token as it is made."""
     if sys.stdout is None:

@@ -187,11 +187,8 @@ def bytes_per_token(session: Session, length: int) -> int:
     tokens counts, since the head reads it.
     """
     config = session.config
-    weights = session.weight_bytes
-    position_bytes = 2 if session.cache_dtype == np.float16 else 4  # then all floats are halves
-    weights -= config.block_size * config.n_embd * position_bytes
     cached = 2 * config.n_layer * length * config.n_embd * session.cache_dtype.itemsize
-    return max(0, weights) + cached
+    return session.weight_bytes + cached
 
 
 def read_bandwidth(threads: int) -> float:

@@ -91,7 +91,8 @@ class Session:
         most = physical_cores() if fixed is None else fixed
         model_file = read_model_file(self.path, allow_foreign=allow_foreign)
         self.size = model_file.size  # bytes
-        self.weight_bytes = sum(tensor.n_bytes for tensor in model_file.initializers)
+        # What a step reads: of the positions only one row.
+        self.weight_bytes = sum(t.n_bytes for t in model_file.initializers if ".wpe." not in t.name)
         self.metadata: dict[str, Any] = model_file.metadata
         self.export: dict[str, Any] = self.metadata.get(artefact.EXPORT_KEY, {"target": "cpu"})
         self.sampling: dict[str, Any] = self.metadata.get(artefact.SAMPLING_KEY, {})

@@ -25,6 +25,7 @@ from pico_edge.terminal import (
     print_json,
     progress_bar,
     say,
+    spin_briefly,
     write,
 )
 
@@ -141,6 +142,7 @@ def _load(path: Path, threads: int, quiet: bool) -> Scored:
                 f"{path} is a checkpoint, which needs PyTorch: pip install 'pico-edge[train]', "
                 "or evaluate the model.onnx that export makes of it"
             )
+        spin_briefly()
         from pico_edge.export.reference import scored_checkpoint
 
         return scored_checkpoint(path, threads=threads)

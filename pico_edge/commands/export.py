@@ -19,6 +19,7 @@ from pico_edge.terminal import (
     print_json,
     require_extra,
     say,
+    spin_briefly,
 )
 
 
@@ -61,6 +62,7 @@ def export(
 ) -> None:
     """Turn a checkpoint into one self-contained ONNX file, checked against PyTorch."""
     require_extra("export", "torch", "onnx", "onnxscript", "onnx_ir")
+    spin_briefly()
 
     with Signals() as signals:
         from pico_edge.export.pipeline import export as run

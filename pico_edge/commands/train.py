@@ -20,6 +20,7 @@ from pico_edge.terminal import (
     Threads,
     print_json,
     require_extra,
+    spin_briefly,
 )
 from pico_edge.train.distributed import place
 from pico_edge.train.settings import (
@@ -199,6 +200,7 @@ def train(
         tensorboard=tensorboard,
     )
     require_extra("train", "torch", "tokenizers")
+    spin_briefly()
     with Signals() as signals:
         from pico_edge.train.loop import train as run
         from pico_edge.train.report import Reporter

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import typer
 
-from pico_edge import cli
+from pico_edge import cli, terminal
 
 TINY = Path(__file__).parents[1] / "data" / "tiny.onnx"
 COMMAND = [sys.executable, "-c", "from pico_edge.cli import main; main()"]
@@ -396,3 +396,54 @@ def test_a_signal_ends_it_after_the_current_token(
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code
     assert errors == b""
+
+
+def test_threads_of_pytorch_spin_briefly_unless_the_user_has_a_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    terminal.spin_briefly()
+    assert os.environ == {"GOMP_SPINCOUNT": "3000"}
+    for chosen in ({"GOMP_SPINCOUNT": "infinity"}, {"OMP_WAIT_POLICY": "passive"}):
+        monkeypatch.setattr(os, "environ", dict(chosen))
+        terminal.spin_briefly()
+        assert os.environ == chosen
+
+
+@pytest.mark.parametrize("command", ["train", "export", "eval"])
+def test_threads_are_told_before_pytorch_is_loaded(command: str, tmp_path: Path) -> None:
+    """It reads the variable when it is loaded."""
+    pytest.importorskip("torch")
+    (tmp_path / "ckpt.pt").write_bytes(b"PK\x03\x04 no checkpoint")
+    (tmp_path / "data.txt").write_text("text")
+    arguments = {
+        "train": ["train", "data.txt", "--init-from", "ckpt.pt", "-o", "new.pt"],
+        "export": ["export", "ckpt.pt"],
+        "eval": ["eval", "ckpt.pt", "data.txt"],
+    }
+    code = (
+        "import os, sys\n"
+        "class Watch:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch':\n"
+        "            print('looking for torch with', os.environ.get('GOMP_SPINCOUNT'))\n"
+        "sys.meta_path.insert(0, Watch())\n"
+        "from pico_edge.cli import main; main()\n"
+    )
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments[command]],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 3, done.stderr  # the checkpoint is refused
+    # The first look asks whether it is there at all, the last is the import.
+    assert done.stdout.splitlines()[-1] == "looking for torch with 3000"
