@@ -4,15 +4,15 @@ Three forms of a matrix, all of which treat each row of activations by itself, s
 not depend on its batch or on how it was cut into calls:
 
 - blocks: `MatMulNBits`, 8 or 4 bits with a scale per block; activations become int8 per row and
-  block inside the kernel. Fastest for one row.
-- rows: s8 weights with a scale per column, and activations made u8 by the graph with a scale per
-  row, for `MatMulIntegerToFloat`. Fastest for many rows: 1.5 times the prefill at 12 x 768.
-- the token table: one 8-bit initializer for the embedding (`GatherBlockQuantized`) and the head.
+  block inside the kernel;
+- rows: the same at 8 bits with one scale for all of a row of weights, so that
+  `pico_edge.export.prompts` can also multiply them as integers;
+- the tables: one 8-bit initializer for the embedding of tokens (`GatherBlockQuantized`) and the
+  head, one for positions.
 
 `DynamicQuantizeMatMul` would save the nodes that find a row's scale, but takes one scale for all
-rows of a call, and so couples them. Norms and biases stay float32, a large position table becomes
-float16. Knows nothing of models, text or files. Try, with `statistics` of
-`pico_edge.export.calibrate`:
+rows of a call, and so couples them. Norms and biases stay float32. Knows nothing of models, text or
+files. Try, with `statistics` of `pico_edge.export.calibrate`:
 `quantize_graph(trace(model), choose_plan(config, 8), statistics)`.
 
 Why this and not onnxruntime's quantizers: they leave `accuracy_level` unset (at 8 bits a 40 times
@@ -46,8 +46,8 @@ BLOCK_SIZES = (SCALE_BLOCK, 64, 32, 16)
 # 4 = the kernel also quantizes activations, per row and block, to int8: the only fast path at 8
 # bits.
 ACCURACY_LEVEL = 4
-# From this width on 8-bit blocks take the rows form. Its five small nodes cost a step 3 us: 6 % at
-# 12 x 768, where 128 tokens of prompt gain 48 %; 27 % at 6 x 384 for 34 %; 35 % at 4 x 128.
+# From this width on files have branches, and 8-bit matrices the rows form: 128 tokens of a prompt
+# at 12 x 768 take 0.65 of the time. Narrower, a scale per row would cost quality.
 ROWS_MIN_WIDTH = NARROW_BELOW
 # Of matrices with one scale for a row: the longest that a kernel has, the fewest scales of
 # activations.

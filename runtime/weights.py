@@ -6,8 +6,8 @@ the file: it maps each until the kernel has packed it. What kernels read as it i
 tokens, is read once and shared by all sessions. Half of the time, and less memory: figures are in
 NOTES.md. Nothing stays mapped, so a file that is overwritten later harms no session.
 
-A graph that is one choice by the number of tokens (`pico_edge.export.prompts`) becomes two, so that
-each session packs its own form of the weights, and only when it is needed.
+A graph that is one choice by the number of tokens (`pico_edge.export.prompts`) becomes two, each
+for a session of its own.
 
 Try: `Weights.of(read_model_file("model.onnx"))`, None for a small model.
 """
