@@ -312,12 +312,13 @@ def _without_signs(
     They are BitwiseXor with 128, Cast and Reshape, each read by the next alone.
     """
     uses = Counter(name for node in nodes for name in node.inputs)
-    by_input = {node.inputs[0]: node for node in nodes if node.inputs and uses[node.inputs[0]] == 1}
+    plain = [node for node in nodes if node.inputs and len(node.outputs) == 1]
+    by_input = {node.inputs[0]: node for node in plain if uses[node.inputs[0]] == 1}
     dropped, signed = set[tuple[int, int]](), {}
-    for xor in nodes:
-        tensor = initializers.get(xor.inputs[0]) if xor.inputs else None
-        cast = by_input.get(xor.outputs[0]) if xor.outputs else None
-        reshape = by_input.get(cast.outputs[0]) if cast is not None and cast.outputs else None
+    for xor in plain:
+        tensor = initializers.get(xor.inputs[0])
+        cast = by_input.get(xor.outputs[0])
+        reshape = None if cast is None else by_input.get(cast.outputs[0])
         if tensor is None or cast is None or reshape is None:
             continue
         if [node.op_type for node in (xor, cast, reshape)] != ["BitwiseXor", "Cast", "Reshape"]:

@@ -16,7 +16,7 @@ from onnx import numpy_helper
 
 from pico_edge.artefact import FEW_TOKENS
 from pico_edge.config import GPTConfig
-from pico_edge.errors import PicoEdgeError
+from pico_edge.errors import ArtefactError, PicoEdgeError
 from pico_edge.export import align as align_module
 from pico_edge.export import prompts, quantize, targets
 from pico_edge.export.pipeline import export
@@ -260,6 +260,18 @@ def test_a_file_that_has_changed_before_it_is_loaded_is_refused(split_path: Path
     split_path.write_bytes(split_path.read_bytes() + b"\x42\x00")
     with pytest.raises(PicoEdgeError, match="changed"):
         weights.arrays("many")
+
+
+def test_nodes_without_outputs_are_refused(split_path: Path) -> None:
+    proto = onnx.load(split_path)
+    branch = next(a.g for a in proto.graph.node[-1].attribute if a.name == "then_branch")
+    sound = [node for node in branch.node if node.op_type in ("BitwiseXor", "Cast", "Reshape")]
+    for node in sound[:6]:
+        kept = node.output.pop()
+        split_path.write_bytes(proto.SerializeToString())
+        with pytest.raises(ArtefactError, match="cannot load it"):
+            Session(split_path, threads=1)
+        node.output.append(kept)
 
 
 @pytest.mark.parametrize("damage", ["sign", "cast", "choice", "initializer"])

@@ -33,7 +33,7 @@ from pico_edge.runtime.session import Session
 
 LIMIT_S = 20  # of one mutant
 MEMORY_BYTES = 6 << 30
-MANY_TOKENS = 24  # that take the other branch, in files with branches
+MANY_TOKENS = 40  # that take the other branch, in files with branches
 SMALL_BYTES = 200  # of a tensor whose contents are worth changing
 # Answers that are as they should be; anything else is a bug of ours.
 REFUSED, FAILED, RAN, ODD, CRASHED = "refused", "failed in onnxruntime", "ran", "odd", "crashed"
