@@ -30,7 +30,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from pico_edge.artefact import NARROW_BELOW, SCALE_BLOCK, fine_blocks
+from pico_edge.artefact import NARROW_BELOW, POSITION_BLOCK, SCALE_BLOCK, fine_blocks
 from pico_edge.config import GPTConfig
 from pico_edge.export.blocks import quantize_matrix
 from pico_edge.export.calibrate import Statistics
@@ -258,7 +258,7 @@ def _quantize_positions(graph: ir.Graph) -> None:
     """The position table in 8 bits: one node in the place of one."""
     table = graph.initializers["transformer.wpe.weight"]
     weight = torch.from_numpy(np.require(array(table), requirements="W"))
-    block_size = block_size_for(weight.shape[1])
+    block_size = min(block_size_for(weight.shape[1]), POSITION_BLOCK)
     codes, scales = quantize_matrix(weight, 8, block_size)
     packed = (codes.to(torch.int16) + 128).to(torch.uint8)
     ((gather, _),) = table.uses()

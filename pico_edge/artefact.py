@@ -43,6 +43,9 @@ FINE_HEAD_BLOCK = 16
 FINE_HEAD_SHARE = 0.1
 FINE_MLP_BLOCK = 32
 FINE_MLP_WIDTH = 256  # wider ones have blocks twice as long, and so stay within 3 % of 8-bit peers
+# Of positions, read as they are. In blocks of 128 and 32 a BPE model of 4 x 256 has 98.98 and
+# 99.05 % of fp32's likeliest tokens, with float32 positions 99.01; 3 kB more of 3.9 MB.
+POSITION_BLOCK = 32
 # A call of more tokens takes the other branch of a file that has two. Drafts and the token before
 # them are at most 16, and go through the kernels of the steps, whose texts they must not change.
 # At 12 x 768 int8 both take the same time for 16, and a short prompt need not load the other.

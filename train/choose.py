@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pico_edge.artefact import SCALE_BLOCK, fine_blocks
+from pico_edge.artefact import POSITION_BLOCK, SCALE_BLOCK, fine_blocks
 from pico_edge.config import GPTConfig
 from pico_edge.errors import UsageError
 from pico_edge.tokenizer import SimpleTokenizer
@@ -173,7 +173,9 @@ def int8_bytes(config: GPTConfig, n_vocab: int) -> int:
     floats = config.n_embd * (13 * config.n_layer + 2)
     tokenizer = BYTES_PER_TOKEN * n_vocab if n_vocab > SimpleTokenizer.n_vocab else 0
     graph = GRAPH_BYTES + GRAPH_BYTES_PER_LAYER * config.n_layer
-    finer = 0  # scales beyond one for SCALE_BLOCK weights
+    # Scales beyond one for SCALE_BLOCK weights.
+    positions = config.block_size * config.n_embd
+    finer = positions // POSITION_BLOCK - positions // SCALE_BLOCK
     for name, block in fine_blocks(config).items():
         rows = config.vocab_size if name == "lm_head" else 4 * config.n_embd
         finer += rows * config.n_embd * (SCALE_BLOCK // block - 1) // SCALE_BLOCK
