@@ -54,7 +54,7 @@ ITEM_BYTES = {
 FEW, MANY = "few", "many"
 BRANCHES = {"else_branch": FEW, "then_branch": MANY}
 CHOICE = ["Shape", "Greater", "If"]  # its nodes
-CUT_SHORT = "cut short while it was loaded: try again"
+SIGN = 128  # the bit between a code of u8 and one of s8
 
 # Fields of messages that are written here; those of reading are in `wire`.
 NODE_INPUT, NODE_OUTPUT, NODE_OP_TYPE, NODE_ATTRIBUTE = 1, 2, 4, 5
@@ -107,15 +107,13 @@ class Weights:
 
     @staticmethod
     def of(model_file: ModelFile, *, lean: bool = False) -> Weights | None:
-        """The weights of a checked file; None where a path does as well, or must do.
+        """The weights of a checked file, lean: of two branches only FEW; None where a path does.
 
-        lean: of a file with two branches only FEW.
-
-        That is a file of one branch without large tensors, or with one that nothing can point to,
-        and one that has changed since. Nothing points to tensors that are not aligned to their
-        elements (those of pico-edge are), into a file whose name is not UTF-8 or has gone (it may
-        still be open, as /dev/fd/3), and on Windows, where this has not been tried: branches are
-        then given with all contents.
+        It does for a file of one branch without large tensors, or with one that nothing can point
+        to. Nothing points to tensors that are not aligned to their elements (those of pico-edge
+        are), into a file that has changed, whose name is not UTF-8 or has gone (it may still be
+        open, as /dev/fd/3), and on Windows, where this has not been tried: branches are then given
+        with all contents.
         """
         path = Path(os.path.realpath(model_file.path))  # a link may not leave its folder
         large = [tensor for tensor in model_file.initializers if tensor.n_bytes >= LARGE_BYTES]
@@ -151,18 +149,12 @@ class Weights:
         graph = self.graphs[branch]
         arrays = {name: self.shared[name] for name in graph.shared}
         if graph.signed:
-            # One piece of memory, which the system has back at once: of many small ones malloc
-            # keeps two thirds.
-            memory = np.empty(sum(t.n_bytes for t, _ in graph.signed.values()), np.uint8)
             with open(self.path, "rb") as file:
                 if identity(os.fstat(file.fileno())) != self.identity:
                     raise ArtefactError(f"{self.path}: changed since it was loaded: try again")
                 for name, (tensor, shape) in graph.signed.items():
-                    codes, memory = memory[: tensor.n_bytes], memory[tensor.n_bytes :]
-                    file.seek(tensor.contents)
-                    if file.readinto(codes) != tensor.n_bytes:
-                        raise ArtefactError(f"{self.path}: {CUT_SHORT}")
-                    np.bitwise_xor(codes, 128, out=codes)
+                    codes = _read(file, tensor)
+                    codes ^= SIGN
                     arrays[name] = codes.view(np.int8).reshape(shape)
         return arrays
 
@@ -188,7 +180,7 @@ def _read(file: BinaryIO, tensor: Tensor) -> npt.NDArray[Any]:
     file.seek(tensor.contents)
     array = np.fromfile(file, tensor.elem_type, math.prod(tensor.shape))
     if array.nbytes != tensor.n_bytes:
-        raise ArtefactError(f"{file.name}: {CUT_SHORT}")
+        raise ArtefactError(f"{file.name}: cut short while it was loaded: try again")
     return array.reshape(tensor.shape)
 
 
@@ -207,7 +199,11 @@ def _graphs(source: _Source, lean: bool) -> dict[str, Graph]:
     reader, span = source.reader, source.model_file.graph_span
     nodes = _nodes(reader, span)
     export = source.model_file.metadata.get(artefact.EXPORT_KEY, {})
-    if artefact.few_tokens(export) is None or [node.op_type for node in nodes] != CHOICE:
+    initializers = {tensor.name: tensor for tensor in source.model_file.initializers}
+    limit = [
+        _raw(reader, initializers.get(name), "int64") for node in nodes[1:2] for name in node.inputs
+    ][1:]
+    if [node.op_type for node in nodes] != CHOICE or limit != [[artefact.few_tokens(export)]]:
         return {FEW: _graph(source, nodes, None)}
     choice, graphs = nodes[-1], {}
     for attribute, branch in BRANCHES.items():
@@ -309,7 +305,7 @@ def _without_signs(
 ) -> tuple[list[_Node], dict[str, tuple[Tensor, tuple[int, ...]]]]:
     """The nodes but for those that make s8 of a tensor of u8; and what these make: see Graph.
 
-    They are BitwiseXor with 128, Cast and Reshape, each read by the next alone.
+    They are BitwiseXor with SIGN, Cast and Reshape, each read by the next alone.
     """
     uses = Counter(name for node in nodes for name in node.inputs)
     plain = [node for node in nodes if node.inputs and len(node.outputs) == 1]
@@ -330,7 +326,7 @@ def _without_signs(
         if (
             tensor.elem_type == "uint8"
             and tensor.n_bytes >= LARGE_BYTES
-            and sign == [128]
+            and sign == [SIGN]
             and cast.integers.get("to") == INT8
             and min(shape, default=0) > 0
             and math.prod(shape) == tensor.n_bytes
@@ -392,7 +388,7 @@ def _signed(source: _Source, tensor: Tensor, name: str, shape: tuple[int, ...]) 
     if source.file_name is not None:
         return bytes(message + _place(tensor, source.file_name))
     codes = np.frombuffer(source.reader.data, np.uint8, tensor.n_bytes, tensor.contents)
-    return bytes(message + _field(RAW_DATA, (codes ^ 128).tobytes()))
+    return bytes(message + _field(RAW_DATA, (codes ^ SIGN).tobytes()))
 
 
 def _place(tensor: Tensor, file_name: str) -> bytes:

@@ -274,7 +274,7 @@ def test_nodes_without_outputs_are_refused(split_path: Path) -> None:
         node.output.append(kept)
 
 
-@pytest.mark.parametrize("damage", ["sign", "cast", "choice", "initializer"])
+@pytest.mark.parametrize("damage", ["sign", "cast", "choice", "limit", "initializer"])
 def test_a_graph_of_another_make_is_left_to_onnxruntime(
     damage: str, split_path: Path, rows: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,12 +290,15 @@ def test_a_graph_of_another_make_is_left_to_onnxruntime(
         branch.node.append(onnx.helper.make_node("Identity", first.output, ["also_read"]))
     elif damage == "choice":
         proto.graph.node.append(onnx.helper.make_node("Identity", ["few_tokens"], ["unread"]))
+    elif damage == "limit":
+        (limit,) = (t for t in proto.graph.initializer if t.name == "few_tokens")
+        limit.CopyFrom(numpy_helper.from_array(np.array([FEW_TOKENS + 8]), "few_tokens"))
     else:
         branch.initializer.append(numpy_helper.from_array(np.zeros(1, np.float32), "unread"))
     align_module.align(proto)
     split_path.write_bytes(proto.SerializeToString())
     session = Session(split_path, threads=1)
-    assert (session.few_tokens is None) == (damage in ("choice", "initializer"))
+    assert (session.few_tokens is None) == (damage in ("choice", "limit", "initializer"))
     found = by_every_way(session, rows)
     monkeypatch.setattr(session_module.Weights, "of", lambda *_, **__: None)
     whole = Session(split_path, threads=1)
