@@ -55,8 +55,7 @@ EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 TIMED_AT_LOAD = 4 << 20
 TIMED_STEPS = 16
 SPIN_US = "2000"  # far more than passes between two steps
-# Of u8 and s8, which kernels for x86 without VNNI add in 16 bits.
-SATURATING = frozenset({"com.microsoft.QGemm", "com.microsoft.MatMulIntegerToFloat"})
+SATURATING = "com.microsoft.QGemm"  # u8 times s8: kernels for x86 without VNNI add in 16 bits
 # The provider webgpu is a plugin beside onnxruntime, of any distribution; see runtime/webgpu.py.
 WEBGPU_PLUGIN = "onnxruntime-ep-webgpu"
 WEBGPU_EXPORT = f"pico-edge export ckpt.pt --target {artefact.WEBGPU_TARGETS[0]}"
@@ -118,7 +117,7 @@ class Session:
             self.notices.append(overlap)
         self.device = ORT_DEVICES[self.provider]
         # The products of the form for prompts would saturate; those of the other one do not.
-        lean = lean or (may_saturate() and not SATURATING.isdisjoint(model_file.op_types))
+        lean = lean or (may_saturate() and SATURATING in model_file.op_types)
         self._weights = Weights.of(model_file, lean=lean) if self.provider == "cpu" else None
         self._model_file = model_file
         self._fixed_threads = most
