@@ -131,7 +131,9 @@ class Cache:
             raise ValueError("prefill needs an empty cache: call reset first")
         longest = max(len(row) for row in rows)
         most = PROMPT_PIECE if self.batch == 1 else BATCH_PIECE
-        if longest > most and self.session.device == "cpu":
+        # Each row takes the form of the weights that it would take alone.
+        mixed = min(len(row) for row in rows) <= self._few_tokens < longest
+        if (longest > most or mixed) and self.session.device == "cpu":
             return self._prefill_by_row(rows)
         logits = self._run_prompts(rows, [[len(row) - 1] for row in rows])
         self.lengths[:] = [len(row) for row in rows]
@@ -140,7 +142,7 @@ class Cache:
         return logits
 
     def _prefill_by_row(self, rows: Sequence[Ids]) -> FloatArray:
-        """`prefill` of long rows: one after the other, in pieces."""
+        """`prefill` one row after the other, long ones in pieces."""
         self._checked(rows)
         try:
             return np.concatenate([self.append(row, ids) for row, ids in enumerate(rows)])

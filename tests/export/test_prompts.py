@@ -155,6 +155,14 @@ def test_pieces_of_many_tokens_agree_to_the_bit(wide: Session, rows: list[list[i
     np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
+def test_a_row_takes_the_form_that_it_takes_alone(wide: Session, rows: list[list[int]]) -> None:
+    """Beside a long one, a prompt of few tokens has the logits of a batch of its kind."""
+    few, many = rows[0][:FEW_TOKENS], rows[1][: FEW_TOKENS + 1]
+    found = wide.new_cache(2).prefill([few, many])
+    alone = [wide.new_cache().prefill([row])[0] for row in (few, many)]
+    np.testing.assert_array_equal(found, alone)
+
+
 def test_narrow_models_and_other_targets_have_no_branches(
     make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -175,7 +183,7 @@ def split_path(checkpoint_path: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 def by_every_way(session: Session, rows: list[list[int]]) -> npt.NDArray[Any]:
     cache = session.new_cache(3)
-    parts = [cache.prefill([row[:n] for row, n in zip(rows, (100, 60, 5), strict=True)]).copy()]
+    parts = [cache.prefill([row[:n] for row, n in zip(rows, (100, 60, 40), strict=True)]).copy()]
     parts += [cache.decode([65, 66, 67]).copy(), cache.append(1, rows[1][:FEW_TOKENS]).copy()]
     parts += [cache.append(2, rows[2][: FEW_TOKENS + 1]).copy(), cache.decode([1, 2, 3]).copy()]
     return np.concatenate(parts)
