@@ -191,11 +191,15 @@ def _replace_by_blocks(
 
 def _blocks(graph: ir.Graph, name: str, codes: Tensor, bits: int, block_size: int) -> ir.Value:
     """Codes (N, K) as MatMulNBits takes them; see `_replace_by_blocks`."""
-    packed = (codes.to(torch.int16) + (1 << bits - 1)).to(torch.uint8)
-    packed = packed.reshape(len(codes), -1, block_size)
+    packed = _unsigned(codes, bits).reshape(len(codes), -1, block_size)
     if bits == 4:
         packed = packed[..., 0::2] | packed[..., 1::2] << 4
     return initializer(graph, name, packed.numpy())
+
+
+def _unsigned(codes: Tensor, bits: int) -> Tensor:
+    """uint8, with the code of 0 at half of the range."""
+    return (codes.to(torch.int16) + (1 << bits - 1)).to(torch.uint8)
 
 
 def _product(x: ir.Value | None, blocks: ir.Value, scales: ir.Value, bits: int) -> ir.Node:
@@ -260,10 +264,9 @@ def _quantize_positions(graph: ir.Graph) -> None:
     weight = torch.from_numpy(np.require(array(table), requirements="W"))
     block_size = min(block_size_for(weight.shape[1]), POSITION_BLOCK)
     codes, scales = quantize_matrix(weight, 8, block_size)
-    packed = (codes.to(torch.int16) + 128).to(torch.uint8)
     ((gather, _),) = table.uses()
     inputs = [
-        initializer(graph, f"{table.name}.blocks", packed.numpy()),
+        initializer(graph, f"{table.name}.blocks", _unsigned(codes, 8).numpy()),
         gather.inputs[1],
         initializer(graph, f"{table.name}.scales", scales.numpy()),
     ]

@@ -198,12 +198,7 @@ def _graphs(source: _Source, lean: bool) -> dict[str, Graph]:
     """By branch; FEW alone for a graph that is not just the choice that the metadata speaks of."""
     reader, span = source.reader, source.model_file.graph_span
     nodes = _nodes(reader, span)
-    export = source.model_file.metadata.get(artefact.EXPORT_KEY, {})
-    initializers = {tensor.name: tensor for tensor in source.model_file.initializers}
-    limit = [
-        _raw(reader, initializers.get(name), "int64") for node in nodes[1:2] for name in node.inputs
-    ][1:]
-    if [node.op_type for node in nodes] != CHOICE or limit != [[artefact.few_tokens(export)]]:
+    if [node.op_type for node in nodes] != CHOICE or not _has_limit(source, nodes[1]):
         return {FEW: _graph(source, nodes, None)}
     choice, graphs = nodes[-1], {}
     for attribute, branch in BRANCHES.items():
@@ -220,6 +215,13 @@ def _graphs(source: _Source, lean: bool) -> dict[str, Graph]:
             names = dict(zip(outputs, choice.outputs, strict=True))
             graphs[branch] = _graph(source, _nodes(reader, inside), names)
     return graphs
+
+
+def _has_limit(source: _Source, greater: _Node) -> bool:
+    """Whether a number of tokens is compared with the one in the metadata."""
+    tensors = [t for t in source.model_file.initializers if t.name in greater.inputs[1:]]
+    limit = artefact.few_tokens(source.model_file.metadata.get(artefact.EXPORT_KEY, {}))
+    return [_raw(source.reader, tensor, "int64") for tensor in tensors] == [[limit]]
 
 
 def _graph(source: _Source, nodes: list[_Node], names: dict[str, str] | None) -> Graph:
