@@ -26,39 +26,52 @@ def align(proto: onnx.ModelProto) -> None:
     Metadata comes after them: it may change without moving them.
     """
     tensors = proto.graph.initializer
+    # Asked for once, since that makes a copy of all contents; what doc strings add is counted.
+    sizes, graph_bytes = [tensor.ByteSize() for tensor in tensors], proto.graph.ByteSize()
     shift = -1
     while shift:  # once more, for a doc string may have made a length before it longer
         shift = 0
-        for before, tensor, start in zip([proto, *tensors], tensors, _starts(proto), strict=False):
+        starts = _starts(proto, graph_bytes, sizes)
+        for i, (before, start) in enumerate(zip([proto, *tensors], starts, strict=False)):
             missing = -(start + shift) % ALIGNMENT
-            if tensor.ByteSize() < LARGE_BYTES or not missing:
+            if sizes[i] < LARGE_BYTES or not missing:
                 continue
             tag_bytes = 0 if before.doc_string else 2
             if missing <= tag_bytes:
                 missing += ALIGNMENT
+            doc_bytes = _doc_bytes(before)
             before.doc_string += " " * (missing - tag_bytes)
+            if i:
+                field_bytes = _field_bytes(sizes[i - 1])
+                sizes[i - 1] += _doc_bytes(before) - doc_bytes
+                graph_bytes += _field_bytes(sizes[i - 1]) - field_bytes
             shift += missing
 
 
-def _starts(proto: onnx.ModelProto) -> list[int]:
-    """Where in the serialized model the raw contents of each initializer begin."""
+def _starts(proto: onnx.ModelProto, graph_bytes: int, sizes: list[int]) -> list[int]:
+    """Where in the serialized model the raw contents of each initializer begin.
+
+    sizes: bytes of the initializers.
+    """
     graph = proto.graph
     head = onnx.ModelProto()  # the fields before the graph, whose number is 7
     for field, value in proto.ListFields():
         if field.number < 7:
             setattr(head, field.name, value)
-    at = head.ByteSize() + _field_bytes(graph.ByteSize()) - graph.ByteSize()
+    at = head.ByteSize() + _field_bytes(graph_bytes) - graph_bytes
     at += sum(_field_bytes(node.ByteSize()) for node in graph.node)
     at += _field_bytes(len(graph.name.encode()))
     starts = []
-    for tensor in graph.initializer:
-        size = tensor.ByteSize()
+    for tensor, size in zip(graph.initializer, sizes, strict=True):
         contents = math.prod(tensor.dims) * tensor_dtype_to_np_dtype(tensor.data_type).itemsize
         end = at + _field_bytes(size)
-        behind = _field_bytes(len(tensor.doc_string)) if tensor.doc_string else 0
-        starts.append(end - behind - contents)
+        starts.append(end - _doc_bytes(tensor) - contents)
         at = end
     return starts
+
+
+def _doc_bytes(message: onnx.ModelProto | onnx.TensorProto) -> int:
+    return _field_bytes(len(message.doc_string)) if message.doc_string else 0
 
 
 def _field_bytes(size: int) -> int:

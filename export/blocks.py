@@ -16,8 +16,9 @@ SHARES = [1.0 - 0.04 * i for i in range(12)]
 # Added to the diagonal of the moments, as a share of its mean: keeps channels that calibration
 # hardly saw from being bent without limit.
 DAMPING = 0.01
-# Columns that are updated at once after each has been rounded; any number gives the same result.
-LAZY = 128
+# Columns are updated after each has been rounded among LAZIER, after these among LAZY, and then all
+# that are left; any numbers give the same result. 3072 x 768 in 0.15 s, with 128 alone in 0.6.
+LAZIER, LAZY = 16, 128
 
 
 class Quantized(NamedTuple):
@@ -64,21 +65,27 @@ def quantize_matrix(
         return Quantized(codes.to(torch.int8), scales)
 
     factor = _feedback(moments)  # (K, K), upper
-    rest = weight.clone()
-    codes, scales = torch.empty(n, k), torch.empty(n, k // group)
+    # A column of the weight is a row here, in one piece: each goes through the cache once.
+    rest, errors = weight.T.contiguous(), torch.empty(k, n)
+    codes, scales = torch.empty(k, n, dtype=torch.int8), torch.empty(k // group, n)
     for start in range(0, k, LAZY):
         stop = min(start + LAZY, k)
-        errors = torch.empty(n, stop - start)
-        for j in range(start, stop):
-            if j % group == 0:
-                # A scale per row is found before any feedback: the row would drift towards it.
-                scales[:, j // group] = scale(rest[:, j : j + group], j)
-            s = scales[:, j // group]
-            codes[:, j] = (rest[:, j] / s).round().clamp(low, high)
-            errors[:, j - start] = (rest[:, j] - codes[:, j] * s) / factor[j, j]
-            rest[:, j + 1 : stop] -= errors[:, j - start, None] * factor[j, j + 1 : stop]
-        rest[:, stop:] -= errors @ factor[start:stop, stop:]
-    return Quantized(codes.to(torch.int8), scales)
+        for first in range(start, stop, LAZIER):
+            last = min(first + LAZIER, stop)
+            for j in range(first, last):
+                if j % group == 0:
+                    # A scale per row is found before any feedback: the row would drift towards it.
+                    scales[j // group] = scale(rest[j : j + group].T, j)
+                s = scales[j // group]
+                code = (rest[j] / s).round_().clamp_(low, high)
+                codes[j] = code
+                torch.addcmul(rest[j], code, s, value=-1, out=errors[j]).div_(factor[j, j])
+                rest[j + 1 : last].addr_(factor[j, j + 1 : last], errors[j], alpha=-1)
+            done = slice(first, last)
+            rest[last:stop].addmm_(factor[done, last:stop].T, errors[done], alpha=-1)
+        done = slice(start, stop)
+        rest[stop:].addmm_(factor[done, stop:].T, errors[done], alpha=-1)
+    return Quantized(codes.T.contiguous(), scales.T.contiguous())
 
 
 def _scale(w: Tensor, importance: Tensor, low: int, high: int, *, search: bool) -> Tensor:
@@ -106,6 +113,9 @@ def _feedback(moments: Tensor) -> Tensor:
     diagonal = damped.diagonal()
     diagonal[diagonal <= 0] = 1.0  # a channel that is always 0: its weights do not matter
     diagonal.add_(DAMPING * diagonal.mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    # moments = R R^T with R upper, by way of both orders reversed; then their inverse is U^T U of
+    # U = R^-1, and is never made: half the time.
+    reverse = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    identity = torch.eye(len(damped), dtype=damped.dtype)
+    factor: Tensor = torch.linalg.solve_triangular(reverse, identity, upper=True)
     return factor.float()

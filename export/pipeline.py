@@ -219,9 +219,8 @@ def _traced(
     if plan is not None and target.weights == "plan":
         say(f"calibrating on {len(calibration_ids)} tokens of held-out text")
         model = copy.deepcopy(model)
-        smooth(model, calibrate(model, calibration_ids))
         feedback = len(calibration_ids) >= FEEDBACK_TOKENS
-        seen = calibrate(model, calibration_ids, moments=feedback)
+        seen = smooth(model, calibrate(model, calibration_ids, moments=feedback))
     say(f"tracing {model.num_parameters() / 1e6:.1f} M parameters")
     return trace_for(model, target), seen
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pico_edge.export.calibrate import Statistics
+from pico_edge.export.calibrate import Inputs, Statistics
 from pico_edge.train.model import GPT, Block
 
 # Share of a channel's range that moves from the activation into the weights that read it.
@@ -20,13 +20,16 @@ MAX_FACTOR = 32.0
 
 
 @torch.no_grad()
-def smooth(model: GPT, statistics: Statistics, strength: float = STRENGTH) -> None:
+def smooth(model: GPT, statistics: Statistics, strength: float = STRENGTH) -> Statistics:
     """Even out the channels that linear layers read and the cache stores, in place.
+
+    Returns the statistics of the model as it then is: those of its text, divided likewise.
 
     Inputs of c_attn and c_fc: the norms before them pay. Keys: the queries pay, entirely, so that
     one scale fits all keys of a layer. Values: attn.c_proj pays. What mlp.c_proj reads comes out of
     GELU, which nothing can be moved through.
     """
+    inputs, keys, values = dict(statistics.inputs), list[Tensor](), list[Tensor]()
     for i, block in enumerate(model.transformer.h):
         assert isinstance(block, Block)
         name = f"transformer.h.{i}"
@@ -38,14 +41,19 @@ def smooth(model: GPT, statistics: Statistics, strength: float = STRENGTH) -> No
             factor = _factor(largest, linear.weight.abs().amax(0), strength)
             _divide(norm, factor)
             linear.weight.mul_(factor)
+            inputs[path] = _divided(inputs[path], factor)
         q, k, v = (slice(j * factor.numel(), (j + 1) * factor.numel()) for j in range(3))
-        keys = _factor(statistics.keys[i], torch.ones_like(factor), 1.0)
-        _divide(block.attn.c_attn, keys, k)
-        _divide(block.attn.c_attn, 1 / keys, q)
-        reads = block.attn.c_proj
-        values = _factor(statistics.values[i], reads.weight.abs().amax(0), strength)
-        _divide(block.attn.c_attn, values, v)
-        reads.weight.mul_(values)
+        factor = _factor(statistics.keys[i], torch.ones_like(factor), 1.0)
+        _divide(block.attn.c_attn, factor, k)
+        _divide(block.attn.c_attn, 1 / factor, q)
+        keys.append(statistics.keys[i] / factor)
+        reads, path = block.attn.c_proj, f"{name}.attn.c_proj"
+        factor = _factor(statistics.values[i], reads.weight.abs().amax(0), strength)
+        _divide(block.attn.c_attn, factor, v)
+        reads.weight.mul_(factor)
+        values.append(statistics.values[i] / factor)
+        inputs[path] = _divided(inputs[path], factor)  # averages of values
+    return Statistics(statistics.tokens, inputs, keys, values)
 
 
 def _factor(activation: Tensor, weight: Tensor, strength: float) -> Tensor:
@@ -57,6 +65,13 @@ def _factor(activation: Tensor, weight: Tensor, strength: float) -> Tensor:
         return torch.ones_like(factor)
     factor = factor / factor[alive].log().mean().exp()
     return torch.where(alive, factor.clamp(1 / MAX_FACTOR, MAX_FACTOR), torch.ones_like(factor))
+
+
+def _divided(inputs: Inputs, factor: Tensor) -> Inputs:
+    moments = inputs.moments
+    if moments is not None:
+        moments = moments / torch.outer(factor, factor)
+    return Inputs(inputs.largest / factor, moments)
 
 
 def _divide(layer: nn.LayerNorm | nn.Linear, factor: Tensor, rows: slice = slice(None)) -> None:

@@ -201,13 +201,16 @@ def _batch_error(model: GPT, session: Session, window: npt.NDArray[np.int64]) ->
 
 
 def _greedy_match(model: GPT, session: Session, prompt: npt.NDArray[np.int64]) -> int:
-    n_vocab = session.tokenizer.n_vocab
-    idx = torch.from_numpy(prompt)[None]
-    steps = _greedy_steps(session, len(prompt))
-    expected = model.generate(idx, steps, temperature=0, n_vocab=n_vocab)[0, len(prompt) :].tolist()
+    """Tokens until torch would take another one.
+
+    Up to there both have the same text before them, so one pass over the file's text tells.
+    """
     got = _greedy(session, prompt.tolist())
+    logits = _torch_logits(model, np.array([*prompt, *got[:-1]]))
+    expected = logits[len(prompt) - 1 :, : session.tokenizer.n_vocab].argmax(1)
     return next(
-        (i for i, pair in enumerate(zip(got, expected, strict=True)) if pair[0] != pair[1]), steps
+        (i for i, pair in enumerate(zip(got, expected, strict=True)) if pair[0] != pair[1]),
+        len(got),
     )
 
 

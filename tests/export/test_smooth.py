@@ -34,11 +34,16 @@ IDS = list(range(200))
 def test_smoothing_leaves_the_function_alone_and_evens_out_channels(bias: bool) -> None:
     model = _model(bias)
     smoothed = copy.deepcopy(model)
-    smooth(smoothed, calibrate(model, IDS))
+    told = smooth(smoothed, calibrate(model, IDS, moments=True))
     idx = torch.tensor([IDS[:16]])
     with torch.no_grad():
         torch.testing.assert_close(smoothed(idx)[0], model(idx)[0], rtol=1e-4, atol=1e-4)
-    before, after = calibrate(model, IDS), calibrate(smoothed, IDS)
+    before, after = calibrate(model, IDS), calibrate(smoothed, IDS, moments=True)
+    for name, inputs in told.inputs.items():
+        same = after.inputs[name]
+        torch.testing.assert_close(inputs.largest, same.largest, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(inputs.moments, same.moments, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(told.keys + told.values, after.keys + after.values)
     name = "transformer.h.0.attn.c_attn"
     spread = [
         s.inputs[name].largest.max() / s.inputs[name].largest.median() for s in (before, after)
