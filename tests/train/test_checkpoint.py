@@ -539,7 +539,7 @@ def test_a_checkpoint_of_nanogpt_is_named(tmp_path: Path) -> None:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "a Git LFS pointer"),
         (b"\n<!DOCTYPE html><html>", "a web page"),
         (b"<html><body>404", "a web page"),
-        # Without a time of its own: the content is in the test's name, which all workers must agree on.
+        # Without a time in it: the content is in the test's name, on which all workers must agree.
         (gzip.compress(b"text", mtime=0), "compressed (gzip)"),
         (bytes(100_000), "100000 bytes that begin with zeros"),
         (b"To be, or not to be", "neither a checkpoint nor anything known"),
