@@ -25,6 +25,7 @@ from pico_edge.runtime import Model
 from pico_edge.runtime.adjust import Adjuster
 from pico_edge.runtime.philox import uniform
 from pico_edge.runtime.sampling import Sampler, Sampling
+from pico_edge.runtime.threads import physical_cores
 
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -101,7 +102,8 @@ def main() -> None:
         print(f"| {kind} | {' | '.join(f'{1e6 * cell:.0f}' for cell in cells)} |")
     if arguments.model is None:
         return
-    model = Model(arguments.model)
+    # A fixed number: what is measured is one session of onnxruntime, which auto would leave.
+    model = Model(arguments.model, threads=physical_cores())
     n = model.tokenizer.n_vocab
     print(f"\n| in the loop of {arguments.model.name}, {n} tokens | around a step | step |")
     print("|---|---|---|")
