@@ -400,11 +400,11 @@ def next_threads(done: Iterable[dict[str, Any]]) -> list[int]:
 # The table
 
 
-def collect(folder: Path, venvs: Path) -> dict[str, Any]:
-    """Everything that the table says, as it is committed beside it."""
+def collect(folder: Path, venvs: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Everything that the table says of these shapes, as it is committed beside it."""
     rows: list[dict[str, Any]] = []
     runs = read_runs(folder)
-    for name in SHAPES:
+    for name in names:
         facts = read_facts(folder / name)
         expected = facts.get("pico-edge fp32", {}).get("greedy")
         for engine, precision in VARIANTS:
@@ -611,7 +611,7 @@ def main() -> None:
         if arguments.from_json:
             result = json.loads(arguments.from_json.read_text(encoding="utf-8"))
         else:
-            result = collect(folder, venvs)
+            result = collect(folder, venvs, names)
         if arguments.plot:
             draw(result, arguments.plot)
         if arguments.json:
