@@ -17,7 +17,7 @@ SHARES = [1.0 - 0.04 * i for i in range(12)]
 # hardly saw from being bent without limit.
 DAMPING = 0.01
 # Columns are updated after each has been rounded among LAZIER, after these among LAZY, and then all
-# that are left; any numbers give the same result. 3072 x 768 in 0.15 s, with 128 alone in 0.6.
+# that are left; any numbers give the same result but for rounding. 3072 x 768 takes 0.15 s.
 LAZIER, LAZY = 16, 128
 
 
@@ -114,7 +114,7 @@ def _feedback(moments: Tensor) -> Tensor:
     diagonal[diagonal <= 0] = 1.0  # a channel that is always 0: its weights do not matter
     diagonal.add_(DAMPING * diagonal.mean())
     # moments = R R^T with R upper, by way of both orders reversed; then their inverse is U^T U of
-    # U = R^-1, and is never made: half the time.
+    # U = R^-1, and is never made: 0.7 of the time at 3072.
     reverse = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
     identity = torch.eye(len(damped), dtype=damped.dtype)
     factor: Tensor = torch.linalg.solve_triangular(reverse, identity, upper=True)
